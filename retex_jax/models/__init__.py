@@ -1,0 +1,68 @@
+"""Backbones: Linen modules that map a batch to `Features`.
+
+`model.apply({"params": params}, batch, num_layers=None)` returns `Features`;
+`expected_params(model)` gives the shapes and dtypes of the parameters without allocating them.
+"""
+
+import jax
+
+from retex_jax.models import bert, vit
+from retex_jax.models.bert import MINILM_L6, Bert, BertConfig
+from retex_jax.models.features import Features
+from retex_jax.models.vit import ViT
+from retex_jax.models.vit_config import CLIP_B16, CLIP_B32, CLIP_L14, DINOV2_SMALL, ViTConfig
+
+__all__ = [
+    "CLIP_B16",
+    "CLIP_B32",
+    "CLIP_L14",
+    "DINOV2_SMALL",
+    "MINILM_L6",
+    "Bert",
+    "BertConfig",
+    "Features",
+    "ViT",
+    "ViTConfig",
+    "example_batch",
+    "expected_params",
+    "init_params",
+]
+
+
+def example_batch(model: ViT | Bert) -> dict[str, jax.Array]:
+    """Returns the smallest batch that the model accepts.
+
+    Args:
+      model: a backbone of this package.
+
+    Returns:
+      A batch with a leading axis of 1.
+    """
+    module = vit if isinstance(model, ViT) else bert
+    return module.example_batch(model.config)
+
+
+def init_params(model: ViT | Bert, key: jax.Array) -> dict:
+    """Returns freshly initialised parameters.
+
+    Args:
+      model: a backbone of this package.
+      key: a typed PRNG key.
+
+    Returns:
+      Nested dict of arrays in `model.config.param_dtype`.
+    """
+    # Compiled, so that the forward pass, which only gives the shapes, is never run.
+    return jax.jit(lambda key: model.init(key, example_batch(model))["params"])(key)
+
+
+def expected_params(model: ViT | Bert) -> dict:
+    """Returns the shapes and dtypes of a model's parameters; nothing is allocated.
+
+    Args:
+      model: a backbone of this package.
+
+    Returns:
+      Nested dict of `jax.ShapeDtypeStruct`.
+    """
+    return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

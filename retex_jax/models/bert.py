@@ -1,0 +1,196 @@
+"""BERT encoder (arXiv:1810.04805); covers all-MiniLM-L6-v2 (arXiv:2002.10957).
+
+Post-norm blocks: each residual sum is normalised. There is no pooler: the pooled vector is the
+masked mean of the last hidden state, as sentence-transformers pools MiniLM (arXiv:1908.10084,
+section 3), not L2-normalised.
+
+Numerics: activations in `dtype`, parameters in `param_dtype`; layer norms, softmax, means and the
+returned features in float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from retex_jax.models import layers
+from retex_jax.models.features import Features
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Shape and options of a BERT encoder.
+
+    Attributes:
+      vocab_size: number of tokens.
+      width: d, the width of a token.
+      num_layers: number of blocks.
+      num_heads: attention heads; divides `width`.
+      mlp_dim: hidden width of each MLP.
+      max_length: longest sequence, the rows of the position table.
+      num_token_types: rows of the token-type table.
+      activation: "gelu" (exact) or "quick_gelu".
+      layer_norm_eps: epsilon of every layer norm.
+      dtype: dtype of the activations.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: listing every field whose value cannot be used.
+    """
+
+    vocab_size: int = 30522
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    max_length: int = 512
+    num_token_types: int = 2
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        """Normalises dtypes and checks every field."""
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+        problems = layers.positive_problems(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            max_length=self.max_length,
+            num_token_types=self.num_token_types,
+        )
+        if not problems and self.width % self.num_heads:
+            problems.append(
+                f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
+            )
+        if self.activation not in layers.ACTIVATIONS:
+            known = ", ".join(sorted(layers.ACTIVATIONS))
+            problems.append(f"activation={self.activation!r}: expected one of {known}")
+        if problems:
+            raise ValueError("BertConfig: " + "; ".join(problems))
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the pooled vector."""
+        return self.width
+
+
+MINILM_L6 = BertConfig(width=384, num_layers=6, num_heads=12, mlp_dim=1536)
+"""all-MiniLM-L6-v2: 22.6M parameters without the pooler."""
+
+
+class Block(nn.Module):
+    """One post-norm transformer block.
+
+    Attributes:
+      config: of the whole model.
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps [B, L, d] to [B, L, d]; `mask` is bool [B, 1, 1, L]."""
+        config = self.config
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        attention = layers.Attention(config.num_heads, **dtypes, name="attention")
+        mlp = layers.Mlp(config.mlp_dim, config.activation, **dtypes, name="mlp")
+        x = layers.layer_norm(config.layer_norm_eps, name="norm1", **dtypes)(x + attention(x, mask))
+        return layers.layer_norm(config.layer_norm_eps, name="norm2", **dtypes)(x + mlp(x))
+
+
+class Bert(nn.Module):
+    """BERT encoder; see the module's docstring.
+
+    Attributes:
+      config: shape and options.
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
+        """Computes the features of a batch of token sequences.
+
+        Args:
+          batch: "input_ids" int [B, L], tokens in 0..vocab_size - 1 (not checked: XLA clamps
+            others); "attention_mask" [B, L], non-zero where a token is real; optionally
+            "token_type_ids" int [B, L] (zeros without it). Other entries are ignored.
+          num_layers: stop after this many blocks; None runs all. Parameters can only be initialised
+            with None.
+
+        Returns:
+          Features: `pooled` [B, width], the mean of the last hidden state over real tokens (None
+          when the pass stopped early); `layers` [number of blocks run, B, width], the same mean
+          after each block. Both float32; zero for a row without real tokens.
+
+        Raises:
+          ValueError: if `input_ids` is not [B, L] with L <= max_length, the shapes of its
+            companions differ from it, or `num_layers` is not in 1..config.num_layers.
+        """
+        config = self.config
+        depth = layers.check_num_layers(num_layers, config.num_layers)
+        input_ids, real, token_types = _check_batch(batch, config)
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+
+        def table(name: str, rows: int) -> nn.Embed:
+            return nn.Embed(
+                rows, config.width, **dtypes, embedding_init=nn.initializers.normal(0.02), name=name
+            )
+
+        position = table("position_embedding", config.max_length)
+        token_type = table("token_type_embedding", config.num_token_types)
+        x = table("word_embedding", config.vocab_size)(input_ids)
+        x = x + position.embedding[: input_ids.shape[1]].astype(config.dtype)
+        if token_types is None:
+            x = x + token_type.embedding[0].astype(config.dtype)
+        else:
+            x = x + token_type(token_types)
+        x = layers.layer_norm(config.layer_norm_eps, name="embedding_norm", **dtypes)(x)
+
+        mask = real[:, None, None, :]
+        weight = real.astype(jnp.float32)
+        weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+        means = []
+        for i in range(depth):
+            x = Block(config, name=f"blocks_{i}")(x, mask)
+            means.append(jnp.sum(x.astype(jnp.float32) * weight[:, :, None], axis=1))
+        pooled = means[-1] if depth == config.num_layers else None
+        return Features(pooled, jnp.stack(means))
+
+
+def _check_batch(batch, config):
+    input_ids = jnp.asarray(batch["input_ids"])
+    real = jnp.asarray(batch["attention_mask"]) != 0
+    token_types = batch.get("token_type_ids")
+    problems = []
+    if input_ids.ndim != 2 or not 1 <= input_ids.shape[1] <= config.max_length:
+        problems.append(
+            f"input_ids: shape {input_ids.shape}, "
+            f"expected [B, L] with 1 <= L <= {config.max_length}"
+        )
+    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        problems.append(f"input_ids: dtype {input_ids.dtype}, expected an integer dtype")
+    for name, x in (("attention_mask", real), ("token_type_ids", token_types)):
+        if x is not None and x.shape != input_ids.shape:
+            problems.append(
+                f"{name}: shape {x.shape}, expected that of input_ids {input_ids.shape}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return input_ids, real, token_types
+
+
+def example_batch(config: BertConfig) -> dict[str, jax.Array]:
+    """Returns a batch of one token, for `model.init` and `jax.eval_shape`."""
+    del config
+    return {
+        "input_ids": jnp.zeros((1, 1), jnp.int32),
+        "attention_mask": jnp.ones((1, 1), jnp.int32),
+    }

@@ -1,0 +1,6 @@
+"""ReTeX: per-task offsets that recover each expert from the merged model."""
+
+from retex_jax.offsets.fit import fit
+from retex_jax.offsets.state import FitReport, OffsetState, mix, offset_bytes, recover
+
+__all__ = ["FitReport", "OffsetState", "fit", "mix", "offset_bytes", "recover"]

@@ -1,0 +1,195 @@
+"""The exact solver: ReTeX's training problem in closed form.
+
+With free task factors, Eq. 5 of arXiv:2606.26902 for one leaf is min over S, G_t of
+sum_t ||D_t - G_t S||^2, the best rank-r approximation of the vertically stacked offsets [D_1; ...; D_T]
+(Eckart-Young). S is the stack's top r right singular vectors and G_t = D_t S^T. The singular vectors
+come from the eigenvectors of the smaller of the two Gram matrices, in float64 (default): a float32 Gram
+is right to 1e-7 of the largest eigenvalue, too little to certify a small residual. Where even the smaller
+Gram matrix is large, a randomised range finder with power iterations (arXiv:0909.4061, algorithm 4.4)
+takes its place, and the optimum is unknown. The residual is always computed from the stored factors.
+"""
+
+from math import prod
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from retex_jax import tree
+from retex_jax.experts import ExpertSet
+from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
+from retex_jax.typing import FlatParams, Params, ProgressFn
+
+Precision = Literal["float64", "float32"]
+
+MAX_GRAM = 8192
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+
+
+class Solution(NamedTuple):
+    """Of a group of leaves: leading axis G.
+
+    Attributes:
+      task_factors: [G, T, a, r], float32.
+      shared_factor: [G, r, b], float32, orthonormal rows.
+      residual: [G].
+      optimum: [G]; NaN where unknown.
+      energy: [G].
+      spectrum: squared singular values, [G, k], descending; k = min(T a, b), or r where the range
+        finder was used.
+    """
+
+    task_factors: jax.Array
+    shared_factor: jax.Array
+    residual: jax.Array
+    optimum: jax.Array
+    energy: jax.Array
+    spectrum: jax.Array
+
+
+def solve_group(
+    offsets: jax.Array, rank: int, *, precision: Precision = "float64", max_gram: int = MAX_GRAM
+) -> Solution:
+    """Solves leaves of one matrix shape.
+
+    Args:
+      offsets: D_t of G leaves, [G, T, a, b], float32.
+      rank: r, from 1 to min(a, b).
+      precision: of the Gram matrix, its eigenvectors and the residual.
+      max_gram: the largest side of a Gram matrix; the range finder is used above it.
+
+    Returns:
+      The optimum of each leaf.
+    """
+    with jax.enable_x64(precision == "float64"):
+        return _solve_group(jnp.asarray(offsets, dtype=precision), rank, max_gram)
+
+
+@jax.jit(static_argnames=("rank", "max_gram"))
+def _solve_group(offsets: jax.Array, rank: int, max_gram: int) -> Solution:
+    return jax.vmap(lambda leaf: _solve_leaf(leaf, rank, max_gram))(offsets)
+
+
+def _solve_leaf(offsets: jax.Array, rank: int, max_gram: int) -> Solution:
+    num_tasks, rows, columns = offsets.shape
+    stack = offsets.reshape(num_tasks * rows, columns)
+    with jax.default_matmul_precision("highest"):
+        if min(stack.shape) > max_gram:
+            shared, spectrum = _range_finder(stack, rank)
+            optimum = jnp.full((), jnp.nan, stack.dtype)
+        else:
+            right = columns <= num_tasks * rows
+            shared, spectrum = (_right_gram if right else _left_gram)(stack, rank)
+            optimum = spectrum[rank:].sum()
+        shared = shared.astype(jnp.float32)
+        task_factors = (offsets @ shared.T).astype(jnp.float32)
+        residual = jnp.sum((offsets - task_factors @ shared.astype(offsets.dtype)) ** 2)
+    return Solution(task_factors, shared, residual, optimum, jnp.sum(offsets**2), spectrum)
+
+
+def _right_gram(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    eigenvalues, vectors = jnp.linalg.eigh(stack.T @ stack)
+    return vectors[:, ::-1][:, :rank].T, jnp.maximum(eigenvalues[::-1], 0)
+
+
+def _left_gram(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    eigenvalues, vectors = jnp.linalg.eigh(stack @ stack.T)
+    # Orthonormalised anew: dividing by singular values would lose directions of almost no energy.
+    shared = jnp.linalg.qr(stack.T @ vectors[:, ::-1][:, :rank])[0].T
+    return shared, jnp.maximum(eigenvalues[::-1], 0)
+
+
+def _range_finder(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    width = min(rank + _OVERSAMPLING, *stack.shape)
+    probe = jax.random.normal(jax.random.key(0), (stack.shape[0], width), stack.dtype)
+    basis = jnp.linalg.qr(stack.T @ probe)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = jnp.linalg.qr(stack.T @ jnp.linalg.qr(stack @ basis)[0])[0]
+    eigenvalues, vectors = jnp.linalg.eigh((stack @ basis).T @ (stack @ basis))
+    shared = (basis @ vectors[:, ::-1][:, :rank]).T
+    return shared, jnp.maximum(eigenvalues[::-1][:rank], 0)
+
+
+def fit(
+    experts: ExpertSet,
+    merged: Params,
+    plans: dict[str, LeafPlan],
+    *,
+    precision: Precision = "float64",
+    group_bytes: int = 1 << 28,
+    progress: ProgressFn | None = None,
+) -> OffsetState:
+    """Solves every leaf, a group of equal matrix shape at a time.
+
+    Args:
+      experts: the experts.
+      merged: the base that offsets are added to.
+      plans: of every matrix leaf.
+      precision: see `solve_group`.
+      group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
+      progress: called with (leaves done, leaves).
+
+    Returns:
+      The state, in the baked form.
+
+    Raises:
+      ValueError: if `precision` is unknown.
+    """
+    if precision not in ("float64", "float32"):
+        raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
+    base = tree.flatten(merged)
+    generators: FlatParams = {}
+    shared_factors: FlatParams = {}
+    report = FitReport({}, {}, {}, {})
+    for name in experts.float_leaves:
+        if name not in plans:
+            generators[name] = difference_vectors(experts, base, name)
+            shared_factors[name] = jnp.ones((), jnp.float32)
+            report.residuals[name] = report.optima[name] = 0.0
+            report.energies[name] = float(jnp.sum(generators[name] ** 2))
+    done = 0
+    keys = {name: (plan.shape, plan.rank) for name, plan in plans.items()}
+    stack_bytes = 4 * experts.num_tasks
+    for group in tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0])))):
+        stack = jnp.stack([difference_matrices(experts, base, name, plans[name]) for name in group])
+        solution = solve_group(stack, plans[group[0]].rank, precision=precision)
+        for index, name in enumerate(group):
+            generators[name] = solution.task_factors[index]
+            shared_factors[name] = solution.shared_factor[index]
+        add_to_report(report, group, solution)
+        done += len(group)
+        if progress:
+            progress(done, len(plans))
+    return OffsetState(
+        merged=merged,
+        task_embeddings=jnp.eye(experts.num_tasks, dtype=jnp.float32),
+        generators=dict(sorted(generators.items())),
+        shared_factors=dict(sorted(shared_factors.items())),
+        report=report,
+        layout=experts.layout,
+    )
+
+
+def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
+    """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
+    return experts.stacked(name) - jnp.asarray(base[name], dtype=jnp.float32)
+
+
+def difference_matrices(
+    experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan
+) -> jax.Array:
+    """D_t of one leaf, as matrices: [T, a, b], float32."""
+    return tree.to_matrix(difference_vectors(experts, base, name), plan.view)
+
+
+def add_to_report(report: FitReport, group: list[str], solution: Solution) -> None:
+    """Enters the certificate of a group of leaves into `report`."""
+    residual, optimum, energy, spectrum = jax.device_get(
+        (solution.residual, solution.optimum, solution.energy, solution.spectrum)
+    )
+    for index, name in enumerate(group):
+        report.residuals[name] = float(residual[index])
+        report.optima[name] = float(optimum[index])
+        report.energies[name] = float(energy[index])
+        report.spectra[name] = spectrum[index]

@@ -1,0 +1,227 @@
+"""What an offset fit leaves behind, and how an expert is recovered from it.
+
+ReTeX (arXiv:2606.26902, Eqs. 3 and 4): theta_t = theta_merge + G_t S for every leaf seen as a matrix
+(a, b), with a task factor G_t (a, r) generated linearly from the task's embedding and a shared factor
+S (r, b). One form holds both solvers' results: G_t = sum_k e_tk W_k. The exact solver's embeddings are
+one-hot, so that W is the stack of task factors (the baked form, K = T); the paper's generator has
+K = d_emb + 1, its last embedding entry being the constant 1 that carries the bias.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retex_jax import tree
+from retex_jax.typing import FlatParams, Layout, Params
+
+RankRule = Literal["paper", "clip"]
+
+# Below this fraction of the offsets' energy a residual is float32 rounding of the stored factors.
+_ROUNDING = 1e-12
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FitReport:
+    """The certificate of a fit; all values are sums of squares over tasks, in float64.
+
+    Attributes:
+      residuals: by float leaf, ||D_t - G_t S||^2 summed over tasks, with the factors as stored.
+      optima: by float leaf, the least possible residual at the leaf's rank (Eckart-Young; 0 below two
+        axes); NaN where the leaf was too large for it to be computed.
+      energies: by float leaf, ||D_t||^2 summed over tasks.
+      spectra: by matrix leaf, the squared singular values of the vertically stacked D_t, descending.
+    """
+
+    residuals: dict[str, float]
+    optima: dict[str, float]
+    energies: dict[str, float]
+    spectra: dict[str, np.ndarray]
+
+    @property
+    def residual(self) -> float:
+        """Sum over leaves."""
+        return float(sum(self.residuals.values()))
+
+    @property
+    def optimum(self) -> float:
+        """Sum over leaves; NaN if any leaf's optimum is unknown."""
+        return float(sum(self.optima.values()))
+
+    @property
+    def energy(self) -> float:
+        """Sum over leaves."""
+        return float(sum(self.energies.values()))
+
+    @property
+    def ratio(self) -> float:
+        """Residual / optimum, >= 1 up to rounding; 1 where both are float32 rounding."""
+        if max(self.residual, self.optimum) <= _ROUNDING * self.energy:
+            return 1.0
+        return self.residual / self.optimum if self.optimum > 0 else float("inf")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OffsetState:
+    """Merged model and offsets: all that is needed to recover the experts.
+
+    Attributes:
+      merged: nested dict, the pretrained model's shapes and dtypes.
+      task_embeddings: e_t, [T, K], float32; the identity (K = T) in the baked form.
+      generators: W, by float leaf: [K, a, r] for a matrix, [K, *shape] below two axes; float32.
+      shared_factors: S, by float leaf: [r, b] for a matrix, a scalar below two axes; float32.
+      report: residual, optimum and ratio of the fit.
+      layout: which axis of a kernel is the output.
+    """
+
+    merged: Params
+    task_embeddings: jax.Array
+    generators: FlatParams
+    shared_factors: FlatParams
+    report: FitReport
+    layout: Layout = field(metadata={"static": True})
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return self.task_embeddings.shape[0]
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """How one matrix leaf is solved: its view, its matrix shape (a, b) and its rank."""
+
+    view: tree.MatrixView
+    shape: tuple[int, int]
+    rank: int
+
+
+def plan_leaves(
+    leaves: Mapping[str, jax.ShapeDtypeStruct], layout: Layout, rank: int, rank_rule: RankRule
+) -> dict[str, LeafPlan]:
+    """Plans the rank of every float leaf of two or more axes.
+
+    Args:
+      leaves: leaf name to shape and dtype.
+      layout: which axis of a kernel is the output.
+      rank: target rank r.
+      rank_rule: what is done with a leaf of min(a, b) <= r. "paper" (appendix B.1): the rank becomes
+        floor(min(a, b) / 2), at least 1. "clip": it becomes min(a, b), so that recovery is exact.
+
+    Returns:
+      Leaf name to plan.
+
+    Raises:
+      ValueError: if `rank` is not an integer from 1 to the largest min(a, b) of any leaf, or
+        `rank_rule` is unknown.
+    """
+    if rank_rule not in ("paper", "clip"):
+        raise ValueError(f"rank_rule: got {rank_rule!r}, expected 'paper' or 'clip'")
+    views = {
+        name: tree.matrix_view(name, spec.shape, layout)
+        for name, spec in leaves.items()
+        if tree.is_float(spec.dtype)
+    }
+    shapes = {
+        name: tree.matrix_shape(leaves[name].shape, view)
+        for name, view in views.items()
+        if view is not None
+    }
+    largest = max((min(shape) for shape in shapes.values()), default=None)
+    if not isinstance(rank, int | np.integer) or rank < 1 or (largest and rank > largest):
+        limit = f"1 to {largest}, the largest min(a, b) of any leaf" if largest else "1 or more"
+        raise ValueError(f"rank: got {rank!r}, expected an integer from {limit}")
+    return {
+        name: LeafPlan(views[name], shape, _leaf_rank(rank, shape, rank_rule))
+        for name, shape in shapes.items()
+    }
+
+
+def _leaf_rank(rank: int, shape: tuple[int, int], rank_rule: RankRule) -> int:
+    if rank < min(shape):
+        return int(rank)
+    return min(shape) if rank_rule == "clip" else max(1, min(shape) // 2)
+
+
+def offset_bytes(state: OffsetState) -> int:
+    """Bytes stored beside the merged model, for all tasks: embeddings, generators, shared factors."""
+    return tree.param_bytes((state.task_embeddings, state.generators, state.shared_factors))
+
+
+def offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
+    """Generates the offset of every float leaf (Eq. 3).
+
+    Args:
+      state: from `fit`.
+      embedding: [K], float32: a row of `task_embeddings`, or a mixture of rows.
+
+    Returns:
+      Leaf name to offset, [*shape], float32.
+    """
+    merged = tree.flatten(state.merged)
+    result = {}
+    for name, generator in state.generators.items():
+        factor = jnp.tensordot(embedding, generator, axes=1, precision="highest")
+        shared = state.shared_factors[name]
+        view = tree.matrix_view(name, merged[name].shape, state.layout)
+        if view is None:
+            result[name] = factor * shared
+        else:
+            product = jnp.matmul(factor, shared, precision="highest")
+            result[name] = tree.from_matrix(product, view, merged[name].shape)
+    return result
+
+
+@jax.jit
+def apply_embedding(state: OffsetState, embedding: jax.Array) -> Params:
+    """theta_merge plus the offset of an embedding (Eq. 4).
+
+    Args:
+      state: from `fit`.
+      embedding: [K], float32.
+
+    Returns:
+      Nested dict like `state.merged`; sums are float32, then cast to each leaf's dtype.
+    """
+    flat = tree.flatten(state.merged)
+    for name, offset in offsets(state, embedding).items():
+        flat[name] = (flat[name].astype(jnp.float32) + offset).astype(flat[name].dtype)
+    return tree.unflatten(flat)
+
+
+def recover(state: OffsetState, task: int | jax.Array) -> Params:
+    """Recovers one expert.
+
+    Args:
+      state: from `fit`.
+      task: task id, 0 to T - 1; may be traced, and is then not checked.
+
+    Returns:
+      Nested dict like `state.merged`.
+
+    Raises:
+      ValueError: if `task` is a Python or NumPy integer out of range.
+    """
+    if isinstance(task, int | np.integer) and not 0 <= task < state.num_tasks:
+        raise ValueError(f"task: got {task}, expected 0 to {state.num_tasks - 1}")
+    return apply_embedding(state, state.task_embeddings[task])
+
+
+def mix(state: OffsetState, weights: jax.Array) -> Params:
+    """Recovers a mixture of experts by interpolating their embeddings, and so their offsets.
+
+    Args:
+      state: from `fit`.
+      weights: over tasks, [T], float32.
+
+    Returns:
+      Nested dict like `state.merged`.
+    """
+    return apply_embedding(
+        state, jnp.matmul(jnp.asarray(weights), state.task_embeddings, precision="highest")
+    )

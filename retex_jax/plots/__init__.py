@@ -1,0 +1,24 @@
+"""Draws every picture of the package, as SVG text.
+
+Each figure function takes plain arrays, mappings and sequences and returns one self-contained SVG
+element (no XML prolog, no outside reference), so that it can stand in a file of its own or inside
+an HTML page. Text stays text: it can be searched, and a page may set its font. Every figure is 360
+points wide: shown at 360 px its letters are 7.5 to 9 px high.
+"""
+
+from retex_jax.plots.accuracy import accuracy_bars, bytes_accuracy
+from retex_jax.plots.canvas import bytes_text, check_available, finite, protocol, seconds_text
+from retex_jax.plots.diagnostics import confusion, spectra, times
+
+__all__ = [
+    "accuracy_bars",
+    "bytes_accuracy",
+    "bytes_text",
+    "check_available",
+    "confusion",
+    "finite",
+    "protocol",
+    "seconds_text",
+    "spectra",
+    "times",
+]

@@ -1,0 +1,117 @@
+"""From a merged model, its offsets and an identifier to predictions.
+
+Grouped recovery (ReTeX, arXiv:2606.26902, section 5.3): the inputs are grouped by task, each task that
+occurs is recovered once, and its inputs run through it in batches of constant shape. When the task is
+unknown, the merged model's features decide the grouping, and nothing on the path sees a true task.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from retex_jax import data, models
+from retex_jax.identifier import subspace
+from retex_jax.typing import Array, Params
+
+Examples = Mapping[str, np.ndarray]
+Head = Mapping[str, Array]
+"""A task's own linear classifier, never merged: "kernel" [d, num_classes] and "bias" [num_classes]."""
+
+
+@dataclass(frozen=True)
+class Identifier:
+    """SVD signatures, and where their features come from.
+
+    Attributes:
+      signatures: the tasks' subspaces.
+      layer: block of the merged model after which the mean token is taken, 1 to num_layers; 0 means the
+        pooled output.
+    """
+
+    signatures: subspace.Signatures
+    layer: int
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _apply(model: Any, params: Params, batch: Examples, num_layers: int | None) -> models.Features:
+    return model.apply({"params": params}, batch, num_layers=num_layers)
+
+
+def run(
+    model: Any, params: Params, examples: Examples, batch_size: int, *, layer: int = 0
+) -> np.ndarray:
+    """Runs a model over examples in batches of one shape.
+
+    Args:
+      model: Linen module that returns `models.Features`.
+      params: its parameters.
+      examples: input arrays [n, ...]; labels and the like are left out.
+      batch_size: B.
+      layer: 0 for the pooled output, i for the mean token after block i; the rest of the model is not run.
+
+    Returns:
+      Features [n, d], float32.
+    """
+    inputs = {
+        name: array for name, array in examples.items() if name in models.example_batch(model)
+    }
+    outputs = []
+    for batch, valid in data.padded_batches(inputs, batch_size):
+        features = _apply(model, params, batch, layer or None)
+        chosen = features.layers[layer - 1] if layer else features.pooled
+        outputs.append(np.asarray(chosen)[valid])
+    return np.concatenate(outputs)
+
+
+def logits(head: Head, features: Array) -> np.ndarray:
+    """Classifies features [n, d] by a task's head: [n, num_classes], float32."""
+    return np.asarray(features) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+
+
+def identify(
+    model: Any, merged: Params, identifier: Identifier, examples: Examples, batch_size: int
+) -> np.ndarray:
+    """Picks each example's task by the merged model's features.
+
+    Args:
+      model: Linen module.
+      merged: the merged parameters.
+      identifier: the signatures and their layer.
+      examples: input arrays [n, ...].
+      batch_size: B.
+
+    Returns:
+      Task ids [n], int32.
+    """
+    features = run(model, merged, examples, batch_size, layer=identifier.layer)
+    return np.asarray(subspace.scores(identifier.signatures, features)).argmax(axis=1).astype("i4")
+
+
+def run_grouped(
+    model: Any,
+    recover: Callable[[int], Params],
+    examples: Examples,
+    task_ids: np.ndarray,
+    batch_size: int,
+) -> np.ndarray:
+    """Runs each example through the expert of its task id, one recovery a task that occurs.
+
+    Args:
+      model: Linen module.
+      recover: task id -> parameters.
+      examples: input arrays [n, ...].
+      task_ids: [n], integers.
+      batch_size: B.
+
+    Returns:
+      Pooled features [n, d], float32, in the order of the examples.
+    """
+    features = np.empty((len(task_ids), model.config.feature_dim), np.float32)
+    for task in np.unique(task_ids):
+        members = np.flatnonzero(task_ids == task)
+        features[members] = run(model, recover(int(task)), data.take(examples, members), batch_size)
+    return features

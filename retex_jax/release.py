@@ -1,0 +1,94 @@
+"""The released form of a run: merged model, offsets, signatures and heads in one checked artefact."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from retex_jax import artifact, tree
+from retex_jax.identifier.subspace import Signatures
+from retex_jax.offsets import FitReport, OffsetState
+from retex_jax.recovery import Head, Identifier
+
+
+@dataclass(frozen=True)
+class Release:
+    """All that recovers and identifies experts, without the experts.
+
+    Attributes:
+      state: merged model and offsets.
+      identifier: signatures and their layer.
+      heads: task name to head, in task order.
+      metadata: facts of the run: "settings", "individual", "checkpoint_set", "commit", "results".
+    """
+
+    state: OffsetState
+    identifier: Identifier
+    heads: dict[str, Head]
+    metadata: dict[str, Any]
+
+
+def save(directory: str | os.PathLike[str], release: Release) -> int:
+    """Writes artifact.safetensors and manifest.json; returns their bytes."""
+    state, signatures = release.state, release.identifier.signatures
+    report = state.report
+    tensors = tree.flatten(
+        {
+            "merged": state.merged,
+            "task_embeddings": state.task_embeddings,
+            "generators": tree.unflatten(state.generators),
+            "shared_factors": tree.unflatten(state.shared_factors),
+            "identifier": {"centers": signatures.centers, "bases": signatures.bases},
+            "heads": release.heads,
+        }
+    )
+    metadata = {
+        **release.metadata,
+        "layout": state.layout,
+        "tasks": list(release.heads),
+        "identifier": {"layer": release.identifier.layer, "normalize": signatures.normalize},
+        "report": {
+            "residuals": report.residuals,
+            "optima": {name: _finite(value) for name, value in report.optima.items()},
+            "energies": report.energies,
+        },
+    }
+    return artifact.save(directory, tensors, metadata)
+
+
+def load(directory: str | os.PathLike[str]) -> Release:
+    """Reads a release; every tensor's hash is checked. Spectra are not part of it.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged or is not a release.
+    """
+    tensors, metadata = artifact.load(directory)
+    expected = {"layout", "tasks", "identifier", "report"}
+    if missing := expected - set(metadata):
+        raise ValueError(f"{directory}: the manifest lacks {sorted(missing)}: not a release")
+    parts: Mapping[str, Any] = tree.unflatten({name: jnp.asarray(x) for name, x in tensors.items()})
+    report = metadata["report"]
+    optima = {name: np.nan if x is None else x for name, x in report["optima"].items()}
+    state = OffsetState(
+        merged=parts["merged"],
+        task_embeddings=parts["task_embeddings"],
+        generators=tree.flatten(parts["generators"]),
+        shared_factors=tree.flatten(parts["shared_factors"]),
+        report=FitReport(report["residuals"], optima, report["energies"], {}),
+        layout=metadata["layout"],
+    )
+    signatures = Signatures(
+        parts["identifier"]["centers"],
+        parts["identifier"]["bases"],
+        metadata["identifier"]["normalize"],
+    )
+    heads = {name: parts["heads"][name] for name in metadata["tasks"]}
+    return Release(state, Identifier(signatures, metadata["identifier"]["layer"]), heads, metadata)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

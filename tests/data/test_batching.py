@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take
+from retex_jax.data.tasks import Task
+
+
+def make(name, num, offset, width=2):
+    ids = offset + np.arange(num, dtype=np.int32)
+    arrays = {"input_ids": np.repeat(ids[:, None], width, 1), "label": ids}
+    return Task(name, ("a",), {"test": arrays}, "", "")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 99))
+def test_each_epoch_holds_each_example_once(num, batch_size, seed):
+    steps = -(-3 * num // batch_size)
+    stream = np.concatenate([batch_indices(num, batch_size, s, seed) for s in range(steps)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * num : (epoch + 1) * num]) == list(range(num))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    first = [batch_indices(50, 8, s, 4) for s in range(20)]
+    again = [batch_indices(50, 8, s, 4) for s in reversed(range(20))][::-1]
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first[0], batch_indices(50, 8, 0, 5))
+    epochs = np.concatenate(first)[:100].reshape(2, 50)
+    assert not np.array_equal(*epochs)
+    assert first[0].dtype == np.int64 and first[0].shape == (8,)
+
+
+def test_batch_indices_lists_bad_arguments():
+    with pytest.raises(ValueError, match=r"num_examples=0.*step=-1"):
+        batch_indices(0, 4, -1, 0)
+
+
+def test_take_makes_contiguous_copies_of_views():
+    grey = np.broadcast_to(np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), (3, 2, 2, 3))
+    image = take({"image": grey}, np.array([2, 0]))["image"]
+    assert image.flags.c_contiguous and image.flags.writeable
+    assert image[0, 1, 1].tolist() == [11, 11, 11] and image[1, 0, 1].tolist() == [1, 1, 1]
+
+
+def test_padded_batches_keep_order_and_shape():
+    split = make("t", 10, 0).splits["test"]
+    batches = list(padded_batches(split, 4))
+    assert [valid.tolist() for _, valid in batches[:2]] == [[True] * 4] * 2
+    assert batches[2][1].tolist() == [True, True, False, False]
+    assert all(batch["input_ids"].shape == (4, 2) for batch, _ in batches)
+    assert np.concatenate([b["label"][v] for b, v in batches]).tolist() == list(range(10))
+    assert batches[2][0]["label"].tolist() == [8, 9, 8, 8]
+
+
+def test_padded_batches_refuses_bad_input():
+    with pytest.raises(ValueError, match="batch_size=0"):
+        next(padded_batches({"label": np.zeros(3)}, 0))
+    with pytest.raises(ValueError, match="one length"):
+        next(padded_batches({"label": np.zeros(3), "image": np.zeros(2)}, 2))
+
+
+def test_mixed_batches_cover_all_tasks_once_and_mix_them():
+    tasks = [make("a", 37, 1000), make("b", 11, 2000), make("c", 25, 3000)]
+    batches = list(mixed_batches(tasks, "test", 16, seed=0))
+    assert len(batches) == 5
+    seen = []
+    for batch, valid in batches:
+        assert batch["input_ids"].shape == (16, 2) and batch["task"].dtype == np.int32
+        assert valid.shape == (16,)
+        assert np.array_equal(batch["label"] // 1000 - 1, batch["task"])
+        assert np.array_equal(batch["input_ids"][:, 1], batch["label"])
+        seen += batch["label"][valid].tolist()
+    expected = np.concatenate([task.splits["test"]["label"] for task in tasks])
+    assert sorted(seen) == sorted(expected.tolist())
+    assert all(len(set(batch["task"].tolist())) > 1 for batch, _ in batches[:4])
+    again = list(mixed_batches(tasks, "test", 16, seed=0))
+    other = list(mixed_batches(tasks, "test", 16, seed=1))
+    assert np.array_equal(batches[0][0]["label"], again[0][0]["label"])
+    assert not np.array_equal(batches[0][0]["label"], other[0][0]["label"])
+
+
+def test_mixed_batches_lists_misfits():
+    tasks = [make("a", 3, 0), make("b", 3, 0, width=3), make("c", 3, 0, width=4)]
+    with pytest.raises(ValueError, match=r"b:.*c:"):
+        next(mixed_batches(tasks, "test", 2, 0))
+    with pytest.raises(ValueError, match="at least one"):
+        next(mixed_batches([], "test", 2, 0))

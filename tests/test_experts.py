@@ -1,0 +1,339 @@
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import references
+from safetensors.numpy import save_file
+
+import retex_jax as rtx
+from retex_jax import experts as experts_module
+
+
+def _from_flat(pretrained, experts, **options):
+    return rtx.ExpertSet.from_trees(
+        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
+    )
+
+
+def _files(tmp_path, pretrained, experts):
+    paths = [tmp_path / name for name in ["pretrained", *"abcdefgh"[: len(experts)]]]
+    for path, model in zip(paths, [pretrained, *experts], strict=True):
+        save_file(model, path)
+    return paths[0], paths[1:]
+
+
+def _raw_safetensors(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 8])
+def test_from_trees(num_tasks):
+    pretrained, experts = references.flax_model(num_tasks)
+    expert_set = _from_flat(pretrained, experts)
+    assert expert_set.num_tasks == num_tasks
+    assert expert_set.names == tuple(f"task_{task}" for task in range(num_tasks))
+    assert expert_set.layout == "flax"
+    assert list(expert_set.leaves) == sorted(pretrained)
+    assert expert_set.float_leaves == sorted(
+        name for name in pretrained if not name.startswith("buffers/")
+    )
+    for name, leaf in pretrained.items():
+        assert expert_set.leaves[name].shape == leaf.shape
+        assert expert_set.leaves[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(expert_set.pretrained(name), leaf)
+        for task, expert in enumerate(experts):
+            np.testing.assert_array_equal(expert_set.expert(name, task), expert[name])
+    for name in expert_set.float_leaves:
+        stack = np.stack([expert[name] for expert in experts])
+        np.testing.assert_array_equal(expert_set.stacked(name), stack)
+        np.testing.assert_array_equal(expert_set.task_vectors(name), stack - pretrained[name])
+    for found, want in [
+        (expert_set.pretrained_params(), pretrained),
+        (expert_set.expert_params(num_tasks - 1), experts[-1]),
+    ]:
+        found = references.flat(found)
+        assert set(found) == set(want)
+        for name, leaf in want.items():
+            np.testing.assert_array_equal(found[name], leaf)
+
+
+def test_task_vectors_of_the_whole_model():
+    pretrained, experts = references.flax_model(3)
+    vectors = references.flat(rtx.task_vectors(_from_flat(pretrained, experts)))
+    assert not any(name.startswith("buffers/") for name in vectors)
+    for name, vector in vectors.items():
+        assert vector.dtype == np.float32
+        for task, expert in enumerate(experts):
+            np.testing.assert_array_equal(vector[task], expert[name] - pretrained[name])
+
+
+def test_nothing_is_copied():
+    leaf = np.ones((3, 4), np.float32)
+    expert_set = rtx.ExpertSet.from_trees({"a": leaf}, [{"a": leaf}])
+    assert expert_set.pretrained("a") is leaf
+    assert expert_set.expert("a", 0) is leaf
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_half_precision_is_stacked_in_float32(dtype, on_device):
+    pretrained, experts = references.flax_model(2, dtype=dtype)
+    if on_device:
+        pretrained, experts = jax.tree.map(jnp.asarray, (pretrained, experts))
+    expert_set = _from_flat(pretrained, experts)
+    for name in expert_set.float_leaves:
+        stack = np.stack([np.asarray(expert[name], np.float32) for expert in experts])
+        assert expert_set.leaves[name].dtype == dtype
+        assert expert_set.stacked(name).dtype == jnp.float32
+        np.testing.assert_array_equal(expert_set.stacked(name), stack)
+        np.testing.assert_array_equal(
+            expert_set.task_vectors(name), stack - np.asarray(pretrained[name], np.float32)
+        )
+
+
+def test_numbers_are_leaves():
+    expert_set = rtx.ExpertSet.from_trees({"a": 1.5, "n": 3}, [{"a": 2.5, "n": 3}])
+    assert expert_set.float_leaves == ["a"]
+    assert expert_set.leaves["a"].shape == ()
+    np.testing.assert_array_equal(expert_set.task_vectors("a"), [1.0])
+
+
+def test_exclude():
+    pretrained, experts = references.flax_model(2)
+    for task, expert in enumerate(experts):
+        expert[f"head_{task}/kernel"] = np.full((3, task + 2), np.nan, np.float32)
+    expert_set = _from_flat(pretrained, experts, exclude=["^head", "^second/"])
+    assert set(expert_set.leaves) == set(pretrained) - {"second/kernel"}
+    with pytest.raises(ValueError, match="no leaf is left"):
+        _from_flat(pretrained, experts, exclude=[""])
+
+
+def test_exclude_takes_patterns_not_one_string():
+    # Taken letter by letter, "head" would leave out every leaf with an h, e, a or d in its name.
+    pretrained, experts = references.flax_model(2)
+    with pytest.raises(ValueError, match="exclude"):
+        _from_flat(pretrained, experts, exclude="head")
+
+
+def _spoil(experts):
+    """One problem of each kind, in several experts."""
+    del experts[0]["dense/bias"]
+    experts[1]["extra/kernel"] = np.ones((2, 2), np.float32)
+    experts[1]["dense/kernel"] = np.ones((10, 12), np.float32)
+    experts[2]["scale"] = np.float16(1)
+    experts[2]["dense/bais"] = experts[2].pop("dense/bias")
+
+
+PROBLEMS = [
+    r"one: missing leaf dense/bias",
+    r"two: extra leaf extra/kernel",
+    r"two: dense/kernel has shape \(10, 12\), expected \(12, 10\)",
+    r"three: scale has dtype float16, expected float32",
+    r"three: missing leaf dense/bias \(did you mean 'dense/bais'\?\)",
+    r"three: extra leaf dense/bais \(did you mean 'dense/bias'\?\)",
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_all_problems_are_listed_at_once(problem):
+    pretrained, experts = references.flax_model(3)
+    _spoil(experts)
+    with pytest.raises(ValueError, match=problem):
+        _from_flat(pretrained, experts, names=["one", "two", "three"])
+
+
+def test_as_many_problems_as_there_are():
+    pretrained, experts = references.flax_model(3)
+    _spoil(experts)
+    with pytest.raises(ValueError, match="do not fit") as error:
+        _from_flat(pretrained, experts)
+    assert len(str(error.value).splitlines()) == 1 + len(PROBLEMS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_nan_and_inf_are_found_in_every_model(value, dtype):
+    pretrained, experts = references.flax_model(3, dtype=dtype)
+    for model, name in [(pretrained, "scale"), (experts[0], "dense/kernel"), (experts[2], "scale")]:
+        model[name] = model[name].copy()
+        model[name].reshape(-1)[-1] = value
+    experts[2]["dense/bias"] = np.full(10, value, dtype)
+    with pytest.raises(ValueError, match="NaN or Inf") as error:
+        _from_flat(pretrained, experts, names="xyz"[:0] or ["x", "y", "z"])
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "pretrained: scale has 1 values that are NaN or Inf",
+        "x: dense/kernel has 1 values that are NaN or Inf",
+        "z: dense/bias has 10 values that are NaN or Inf",
+        "z: scale has 1 values that are NaN or Inf",
+    ]
+    assert _from_flat(pretrained, experts, check_finite=False).num_tasks == 3
+
+
+def test_no_expert():
+    pretrained, _ = references.flax_model(1)
+    for names in (None, []):
+        with pytest.raises(ValueError, match="T = 0"):
+            _from_flat(pretrained, [], names=names)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "a"], ["a", "b", "c"], "ab"])
+def test_names_must_be_one_an_expert(names):
+    with pytest.raises(ValueError, match="names.*2 unique names"):
+        _from_flat(*references.flax_model(2), names=names)
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="layout: got 'pytorch'"):
+        _from_flat(*references.flax_model(1), layout="pytorch")
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text", None, [1.0], np.array(["text"]), np.array([None]), np.ones(3, np.complex64)]
+)
+def test_leaves_must_be_real_arrays(leaf):
+    with pytest.raises(ValueError, match="a/b"):
+        rtx.ExpertSet.from_trees({"a": {"b": leaf}}, [{"a": {"b": leaf}}])
+
+
+def test_something_must_be_left_to_merge():
+    buffers = {"steps": np.array([3])}
+    with pytest.raises(ValueError, match="no leaf is left to merge"):
+        rtx.ExpertSet.from_trees(buffers, [buffers])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_from_safetensors(tmp_path, dtype):
+    pretrained, experts = (
+        map(references.as_torch, references.flax_model(2, dtype=dtype)[1]),
+        references.flax_model(2, 1, dtype)[1],
+    )
+    pretrained = next(pretrained)
+    experts = [references.as_torch(expert) for expert in experts]
+    path, paths = _files(tmp_path, pretrained, experts)
+    expert_set = rtx.ExpertSet.from_safetensors(path, paths)
+    assert expert_set.names == ("a", "b")
+    assert expert_set.layout == "torch"
+    assert set(expert_set.leaves) == {name.replace(".", "/") for name in pretrained}
+    for name, leaf in pretrained.items():
+        name = name.replace(".", "/")
+        assert expert_set.leaves[name].shape == leaf.shape
+        assert expert_set.leaves[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(expert_set.pretrained(name), leaf)
+    np.testing.assert_array_equal(
+        expert_set.task_vectors("dense/weight"),
+        np.stack([np.float32(e["dense.weight"]) for e in experts])
+        - np.float32(pretrained["dense.weight"]),
+    )
+    in_memory = _from_flat(
+        *[
+            {name.replace(".", "/"): leaf for name, leaf in pretrained.items()},
+            [{n.replace(".", "/"): leaf for n, leaf in expert.items()} for expert in experts],
+        ],
+        layout="torch",
+    )
+    for name in expert_set.leaves:
+        np.testing.assert_array_equal(expert_set.expert(name, 1), in_memory.expert(name, 1))
+
+
+def test_safetensors_problems_are_those_of_trees(tmp_path):
+    pretrained, experts = references.flax_model(3)
+    _spoil(experts)
+    path, paths = _files(tmp_path, pretrained, experts)
+    with pytest.raises(ValueError, match="do not fit") as error:
+        rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+    assert len(str(error.value).splitlines()) == 1 + len(PROBLEMS)
+    experts[0] = {**pretrained, "scale": np.float32(np.nan)}
+    path, paths = _files(tmp_path, pretrained, experts[:1])
+    with pytest.raises(ValueError, match="a: scale has 1 values that are NaN or Inf"):
+        rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+
+
+def test_names_of_files_in_folders(tmp_path):
+    pretrained, experts = references.flax_model(2)
+    paths = [tmp_path / folder / "model.safetensors" for folder in ("x", "y")]
+    for path, expert in zip(paths, experts, strict=True):
+        path.parent.mkdir()
+        save_file(expert, path)
+    save_file(pretrained, tmp_path / "p")
+    expert_set = rtx.ExpertSet.from_safetensors(tmp_path / "p", paths, layout="flax")
+    assert expert_set.names == ("task_0", "task_1")
+
+
+def test_no_safetensors_expert(tmp_path):
+    path, _ = _files(tmp_path, references.flax_model(1)[0], [])
+    with pytest.raises(ValueError, match="T = 0"):
+        rtx.ExpertSet.from_safetensors(path, [])
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
+def test_truncated_file(tmp_path, kept):
+    pretrained, experts = references.flax_model(1)
+    path, paths = _files(tmp_path, pretrained, experts)
+    paths[0].write_bytes(paths[0].read_bytes()[:kept])
+    with pytest.raises(ValueError, match="not a whole, readable safetensors file") as error:
+        rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+    assert str(paths[0]) in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"\x00\xff" * 500)
+    for path in (tmp_path / "absent", tmp_path, garbage):
+        with pytest.raises(ValueError, match="not a whole, readable safetensors file") as error:
+            rtx.ExpertSet.from_safetensors(path, [path])
+        assert str(path) in str(error.value)
+
+
+def test_unknown_dtype(tmp_path):
+    path = tmp_path / "p"
+    header = {"a.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
+    _raw_safetensors(path, header, b"\0" * 4)
+    with pytest.raises(ValueError, match=r"a\.weight has dtype F8_E4M3, expected one of"):
+        experts_module.SafetensorsSource(path)
+
+
+@pytest.mark.parametrize("names", [("a.b", "a/b"), ("a", "a.b")])
+def test_leaves_that_have_no_place_in_one_tree(tmp_path, names):
+    save_file({name: np.ones((2, 2), np.float32) for name in names}, tmp_path / "p")
+    with pytest.raises(ValueError, match="a"):
+        rtx.ExpertSet.from_safetensors(tmp_path / "p", [tmp_path / "p"])
+
+
+def test_read_safetensors(tmp_path):
+    pretrained, _ = references.flax_model(1)
+    save_file(pretrained, tmp_path / "p")
+    whole = references.flat(experts_module.read_safetensors(tmp_path / "p"))
+    assert set(whole) == set(pretrained)
+    for name, leaf in pretrained.items():
+        np.testing.assert_array_equal(whole[name], leaf)
+        assert whole[name].dtype == leaf.dtype
+    part = references.flat(experts_module.read_safetensors(tmp_path / "p", "^dense/"))
+    assert set(part) == {"dense/kernel", "dense/bias"}
+
+
+def test_safetensors_leaves_are_read_one_by_one(tmp_path, monkeypatch):
+    pretrained, experts = references.flax_model(2)
+    path, paths = _files(tmp_path, pretrained, experts)
+    read = []
+    real = experts_module.SafetensorsSource.read
+    monkeypatch.setattr(
+        experts_module.SafetensorsSource,
+        "read",
+        lambda self, name: read.append((self.path.name, name)) or real(self, name),
+    )
+    expert_set = rtx.ExpertSet.from_safetensors(path, paths, layout="flax", check_finite=False)
+    assert not read
+    expert_set.stacked("dense/kernel")
+    assert read == [("a", "dense/kernel"), ("b", "dense/kernel")]
+    read.clear()
+    _spoiled = dict(experts[0])
+    del _spoiled["scale"]
+    save_file(_spoiled, paths[0])
+    with pytest.raises(ValueError, match="missing leaf scale"):
+        rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+    assert not read, "a wrong header must be told before any data is read"

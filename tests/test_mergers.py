@@ -1,0 +1,307 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import references
+
+import retex_jax as rtx
+from retex_jax.mergers import average, task_arithmetic, ties
+
+MERGERS = {
+    "weight_average": {},
+    "task_arithmetic": {"scaling": 0.4},
+    "ties": {"density": 0.3},
+}
+TASKS = [1, 2, 8]
+
+
+def _expert_set(pretrained, experts, **options):
+    return rtx.ExpertSet.from_trees(
+        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
+    )
+
+
+def _merge(name, pretrained, experts, **options):
+    return references.flat(rtx.METHODS[name].fit(_expert_set(pretrained, experts), **options))
+
+
+def _assert_close(found, want, rtol=1e-5, atol=1e-5):
+    assert set(found) == set(want)
+    for name in want:
+        found_leaf, want_leaf = np.asarray(found[name]), np.asarray(want[name])
+        assert found_leaf.shape == want_leaf.shape, name
+        np.testing.assert_allclose(
+            found_leaf.astype(np.float64),
+            want_leaf.astype(np.float64),
+            rtol=rtol,
+            atol=atol,
+            err_msg=name,
+        )
+
+
+def _size(pretrained):
+    return sum(leaf.size for leaf in pretrained.values() if references.is_float(leaf))
+
+
+@pytest.mark.parametrize("num_tasks", TASKS)
+def test_weight_average(num_tasks):
+    pretrained, experts = references.flax_model(num_tasks)
+    _assert_close(
+        _merge("weight_average", pretrained, experts),
+        references.weight_average(pretrained, experts),
+    )
+
+
+@pytest.mark.parametrize("num_tasks", TASKS)
+@pytest.mark.parametrize("scaling", [0.3, 1.0, -0.5])
+def test_task_arithmetic(num_tasks, scaling):
+    pretrained, experts = references.flax_model(num_tasks)
+    _assert_close(
+        _merge("task_arithmetic", pretrained, experts, scaling=scaling),
+        references.task_arithmetic(pretrained, experts, scaling),
+    )
+
+
+def test_task_arithmetic_defaults_to_0_3_and_averages_at_one_over_t():
+    pretrained, experts = references.flax_model(4)
+    _assert_close(
+        _merge("task_arithmetic", pretrained, experts),
+        references.task_arithmetic(pretrained, experts, 0.3),
+    )
+    _assert_close(
+        _merge("task_arithmetic", pretrained, experts, scaling=0.25),
+        references.weight_average(pretrained, experts),
+    )
+
+
+@pytest.mark.parametrize("model", [references.flax_model, references.grid_model])
+@pytest.mark.parametrize("num_tasks", TASKS)
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.75, 1.0])
+@pytest.mark.parametrize("merge", ["mean", "sum"])
+def test_ties(model, num_tasks, density, merge):
+    # The grid model has thousands of entries that tie in magnitude, that are 0 and that cancel.
+    pretrained, experts = model(num_tasks, seed=3)
+    keep = max(1, int(density * _size(pretrained)))
+    want = references.ties(pretrained, experts, keep, merge, scaling=0.7)
+    found = _merge("ties", pretrained, experts, density=density, merge=merge, scaling=0.7)
+    _assert_close(found, want)
+
+
+def test_ties_default_scalings():
+    pretrained, experts = references.flax_model(3)
+    keep = int(0.2 * _size(pretrained))
+    for merge, scaling in (("mean", 1.0), ("sum", 0.3)):
+        want = references.ties(pretrained, experts, keep, merge, scaling)
+        _assert_close(_merge("ties", pretrained, experts, merge=merge), want)
+
+
+def test_ties_by_hand():
+    pretrained = {"a": np.zeros(3, np.float32), "b": np.zeros((1, 2), np.float32)}
+    # Of five entries two are kept: 4 and the three 2s; then 5 and -3; signs + - 0 and -.
+    experts = [
+        {"a": np.float32([4, 2, -2]), "b": np.float32([[0, 2]])},
+        {"a": np.float32([5, -3, 2]), "b": np.float32([[1, -1]])},
+    ]
+    found = _merge("ties", pretrained, experts, density=0.4)
+    # Column sums 9, -1, -2, 0, 2; sum of signs +1 - 1 - 1 + 0 + 1 = 0: the fourth has no values.
+    np.testing.assert_array_equal(found["a"], [4.5, -3, -2])
+    np.testing.assert_array_equal(found["b"], [[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("rest", "want"),
+    [([3, 3], 1.0), ([-3, -3], -1.0), ([3, -3], -1.0)],
+)
+def test_a_zero_sum_takes_the_majority_sign(rest, want):
+    pretrained = {"a": np.zeros(1, np.float32), "b": np.zeros(2, np.float32)}
+    experts = [
+        {"a": np.float32([1]), "b": np.float32(rest)},
+        {"a": np.float32([-1]), "b": np.float32(rest)},
+    ]
+    assert _merge("ties", pretrained, experts, density=1.0)["a"] == want
+
+
+def test_trimming_is_global_over_leaves():
+    pretrained = {"a": np.zeros(4, np.float32), "b": np.zeros((2, 2), np.float32)}
+    expert = {"a": np.float32([1, 2, 3, 4]), "b": np.float32([[10, 20], [30, 40]])}
+    found = _merge("ties", pretrained, [expert], density=0.5)
+    np.testing.assert_array_equal(found["a"], 0)
+    np.testing.assert_array_equal(found["b"], expert["b"])
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("spread", ["one", "wide", "grid", "zeros"])
+def test_thresholds_are_exact(density, spread):
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(3, 257)).astype(np.float32)
+    if spread == "wide":  # up to 2^120 and down to 2^-120: all exponents
+        values *= np.exp2(rng.integers(-120, 120, values.shape)).astype(np.float32)
+    elif spread == "grid":
+        values = np.round(values)
+    elif spread == "zeros":
+        values *= rng.random(values.shape) < 0.1
+    pretrained = {"a": np.zeros((7, 20), np.float32), "b": np.zeros(117, np.float32)}
+    experts = [{"a": row[:140].reshape(7, 20), "b": row[140:]} for row in values]
+    found = ties.thresholds(_expert_set(pretrained, experts), density)
+    keep = max(1, int(density * 257))
+    want = -np.sort(-np.abs(values), axis=1)[:, keep - 1]
+    np.testing.assert_array_equal(found, want)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_order_of_tasks_does_not_matter(name):
+    for model in (references.flax_model, references.grid_model):
+        pretrained, experts = model(4)
+        first = _merge(name, pretrained, experts, **MERGERS[name])
+        second = _merge(name, pretrained, [experts[t] for t in (2, 0, 3, 1)], **MERGERS[name])
+        _assert_close(first, second, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+def test_scaling_0_gives_the_pretrained_model(name):
+    pretrained, experts = references.flax_model(3)
+    found = _merge(name, pretrained, experts, scaling=0.0)
+    for leaf in pretrained:
+        np.testing.assert_array_equal(found[leaf], pretrained[leaf])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("weight_average", {}),
+        ("task_arithmetic", {"scaling": 1.0}),
+        ("ties", {"density": 1.0}),
+        ("ties", {"density": 1.0, "merge": "sum", "scaling": 1.0}),
+    ],
+)
+def test_one_task_gives_the_expert(name, options):
+    pretrained, experts = references.flax_model(1)
+    _assert_close(_merge(name, pretrained, experts, **options), experts[0], 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("layout", ["flax", "torch"])
+def test_shapes_dtypes_and_buffers(name, layout):
+    pretrained, experts = references.flax_model(2)
+    if layout == "torch":
+        pretrained, *experts = [
+            {key.replace(".", "/"): leaf for key, leaf in references.as_torch(model).items()}
+            for model in (pretrained, *experts)
+        ]
+    for expert in experts:  # the pretrained model's buffers are kept, never averaged
+        for key, leaf in expert.items():
+            if not references.is_float(leaf):
+                expert[key] = (leaf + 1).astype(leaf.dtype)
+    found = rtx.METHODS[name].fit(_expert_set(pretrained, experts, layout=layout))
+    found = references.flat(found)
+    assert set(found) == set(pretrained)
+    for key, leaf in pretrained.items():
+        assert found[key].shape == leaf.shape
+        assert found[key].dtype == leaf.dtype
+        if not references.is_float(leaf):
+            np.testing.assert_array_equal(found[key], leaf)
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_wide_integer_buffers_are_kept(name):
+    big = np.array([2**40, -(2**40) - 1], np.int64)
+    pretrained = {"a": np.ones((2, 3), np.float32), "big": big}
+    found = _merge(name, pretrained, [pretrained])
+    np.testing.assert_array_equal(found["big"], big)
+    assert found["big"].dtype == np.int64
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize(("dtype", "step"), [(np.float16, 2**-10), (ml_dtypes.bfloat16, 2**-7)])
+def test_half_precision(name, dtype, step):
+    pretrained, experts = references.flax_model(3, dtype=dtype)
+    found = _merge(name, pretrained, experts, **MERGERS[name])
+    if name == "weight_average":
+        want = references.weight_average(pretrained, experts)
+    elif name == "task_arithmetic":
+        want = references.task_arithmetic(pretrained, experts, 0.4)
+    else:
+        want = references.ties(pretrained, experts, int(0.3 * _size(pretrained)))
+    for key in pretrained:
+        assert found[key].dtype == pretrained[key].dtype
+    _assert_close(found, want, rtol=step, atol=1e-6)  # rounded once, at the end
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_float64_is_stored_as_float32(name):
+    pretrained, experts = references.flax_model(2, dtype=np.float64)
+    found = _merge(name, pretrained, experts, **MERGERS[name])
+    for key, leaf in found.items():
+        assert leaf.dtype == (np.float32 if references.is_float(leaf) else pretrained[key].dtype)
+    if name == "weight_average":
+        _assert_close(found, references.weight_average(pretrained, experts))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+def test_scaling_must_be_finite(name, bad):
+    with pytest.raises(ValueError, match="scaling: got"):
+        _merge(name, *references.flax_model(1), scaling=bad)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, 20, np.nan])
+def test_density_must_be_a_fraction(density):
+    with pytest.raises(ValueError, match="density: got"):
+        _merge("ties", *references.flax_model(1), density=density)
+
+
+def test_unknown_merge():
+    with pytest.raises(ValueError, match="merge: got 'max'"):
+        _merge("ties", *references.flax_model(1), merge="max")
+
+
+def test_leaf_functions_under_jit_equal_eager():
+    pretrained, experts = references.grid_model(4)
+    start = jnp.asarray(pretrained["dense/kernel"])
+    stack = jnp.stack([expert["dense/kernel"] for expert in experts])
+    limits = jnp.array([0.125, 0.25, 0.3, 0.0], jnp.float32)
+    calls = [
+        lambda: average.average_leaf(stack),
+        lambda: task_arithmetic.task_arithmetic_leaf(start, stack - start, 0.3),
+        lambda: ties.trim(stack - start, limits),
+        lambda: ties.elect_signs(stack - start, -1.0),
+        lambda: ties.disjoint_merge(stack - start, jnp.sign(start), "mean"),
+        lambda: ties.disjoint_merge(stack - start, jnp.sign(start), "sum"),
+    ]
+    for call in calls:
+        compiled = call()
+        with jax.disable_jit():
+            np.testing.assert_allclose(compiled, call(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_merging_twice_is_bitwise_equal(name):
+    pretrained, experts = references.flax_model(8)
+    first = _merge(name, pretrained, experts, **MERGERS[name])
+    second = _merge(name, pretrained, experts, **MERGERS[name])
+    for leaf in first:
+        np.testing.assert_array_equal(first[leaf], second[leaf])
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_sharded_equals_one_device(name, place_on_8_devices):
+    rng = np.random.default_rng(0)
+    shapes = {"a/kernel": (16, 24), "b/bias": (8,), "c/kernel": (3, 3, 4, 16), "d": (), "e": (5,)}
+    pretrained = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    experts = [
+        {
+            key: leaf + np.float32(0.1 * rng.normal(size=leaf.shape))
+            for key, leaf in pretrained.items()
+        }
+        for _ in range(3)
+    ]
+    sharded = [place_on_8_devices(model) for model in (pretrained, *experts)]
+    assert len(sharded[1]["a/kernel"].sharding.device_set) == 8
+    assert not sharded[1]["a/kernel"].sharding.is_fully_replicated
+    found = _merge(name, sharded[0], sharded[1:], **MERGERS[name])
+    _assert_close(found, _merge(name, pretrained, experts, **MERGERS[name]))
+    merged = rtx.METHODS[name].fit(_expert_set(sharded[0], sharded[1:]), **MERGERS[name])
+    kernel = merged["a"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)
