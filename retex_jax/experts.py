@@ -15,6 +15,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from safetensors import SafetensorError, safe_open
 
 from retex_jax import tree
@@ -62,7 +63,8 @@ class TreeSource:
         self._flat = tree.flatten(params)
         for name, leaf in self._flat.items():
             if isinstance(leaf, int | float):
-                self._flat[name] = np.float32(leaf) if isinstance(leaf, float) else np.int32(leaf)
+                dtype = np.float32 if isinstance(leaf, float) else np.int32
+                self._flat[name] = np.asarray(leaf, dtype)
             elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
                 raise ValueError(f"{name}: got a {type(leaf).__name__}, expected an array")
         self.leaves = {
@@ -322,7 +324,7 @@ def _not_finite(owner: str, source: Source, leaves: Iterable[str]) -> list[str]:
     problems = []
     for name in leaves:
         leaf = source.read(name)
-        if isinstance(leaf, jax.core.Tracer) or not tree.is_float(leaf.dtype):
+        if isinstance(leaf, Tracer) or not tree.is_float(leaf.dtype):
             continue
         values = np.asarray(leaf)
         if not np.isfinite(values).all():

@@ -24,7 +24,7 @@ import optax
 from retex_jax import (
     artifact,
     checkpoint,
-    config,
+    command_line,
     data,
     experiment,
     logging,
@@ -121,6 +121,7 @@ def finetune(
     batch_size: int,
     learning_rate: float,
     head_learning_rate: float,
+    head_init: str,
     weight_decay: float,
     warmup_steps: int,
     checkpoint_every: int,
@@ -135,7 +136,8 @@ def finetune(
       steps: of AdamW.
       batch_size: B.
       learning_rate: peak, of the backbone.
-      head_learning_rate: peak, of the head, which starts at zero.
+      head_learning_rate: peak, of the head.
+      head_init: the head starts at "zeros", or at the linear "probe" (arXiv:2202.10054).
       weight_decay: decoupled.
       warmup_steps: part of `steps`.
       checkpoint_every: steps between two checkpoints.
@@ -156,12 +158,11 @@ def finetune(
         "warmup_steps": warmup_steps,
         "steps": steps,
     }
-    head = {
-        "kernel": jnp.zeros((model.config.feature_dim, task.num_classes)),
-        "bias": jnp.zeros(task.num_classes),
-    }
+    classifier, probe_accuracy = linear_probe(backbone, task, batch_size)
+    if head_init == "zeros":
+        classifier = jax.tree.map(jnp.zeros_like, classifier)
     # Copied: the step donates its state, and the pretrained model is needed again.
-    params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
+    params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": classifier._asdict()}
     state = TrainState(params, make_optimizer(**settings).init(params))
     unfinished = directory / ".unfinished" / task.name
     checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
@@ -192,7 +193,7 @@ def finetune(
         "pretrained": backbone.source,
         "examples": {name: len(split["label"]) for name, split in task.splits.items()},
         "accuracy": _accuracies(model, params, task, batch_size),
-        "linear_probe": linear_probe(backbone, task, batch_size),
+        "linear_probe": probe_accuracy,
         "seconds": time.perf_counter() - started,
     }
     tensors = {**tree.flatten(params["backbone"]), **tree.flatten({"head": params["head"]})}
@@ -202,8 +203,10 @@ def finetune(
     return record
 
 
-def linear_probe(backbone: Backbone, task: data.Task, batch_size: int) -> dict[str, float]:
-    """Accuracy on "val" and "test" of logistic regression on the frozen pretrained features."""
+def linear_probe(
+    backbone: Backbone, task: data.Task, batch_size: int
+) -> tuple[probe.Probe, dict[str, float]]:
+    """Logistic regression on the frozen pretrained features, and its accuracy on "val" and "test"."""
     features = {
         name: recovery.run(backbone.model, backbone.params, split, batch_size)
         for name, split in task.splits.items()
@@ -212,12 +215,13 @@ def linear_probe(backbone: Backbone, task: data.Task, batch_size: int) -> dict[s
     classifier = probe.fit(
         features["train"], labels["train"], features["val"], labels["val"], task.num_classes
     )
-    return {
+    accuracies = {
         name: metrics.accuracy(
             recovery.logits(classifier._asdict(), features[name]).argmax(axis=1), labels[name]
         )
         for name in ("val", "test")
     }
+    return classifier, accuracies
 
 
 def _accuracies(model: Any, params: Params, task: data.Task, batch_size: int) -> dict[str, float]:
@@ -268,7 +272,7 @@ def build_experts(
 
 def main() -> None:
     """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
-    settings = config.as_dict(_CONFIG.value)
+    settings = command_line.as_dict(_CONFIG.value)
     experiment.start()
     experiment.check(settings, evaluates=False)
     experiment.fetch(settings, announce=logging.info)
@@ -293,5 +297,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config.define_config()
-    config.run(main, required="config")
+    _CONFIG = command_line.define_config()
+    command_line.run(main, required="config")

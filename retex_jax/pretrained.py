@@ -51,9 +51,19 @@ _PACKAGED = {
         convert.bert_from_safetensors,
     ),
 }
-_RANDOM = {"vit": models.ViTConfig, "bert": models.BertConfig}
+_SNAPSHOTS = {
+    "clip_vit_b32": models.CLIP_B32,
+    "clip_vit_b16": models.CLIP_B16,
+    "clip_vit_l14": models.CLIP_L14,
+}
+_RANDOM = {"vit": models.ViTConfig(), "bert": models.BertConfig()}
+_PRESETS = {
+    **{name: packaged.config for name, packaged in _PACKAGED.items()},
+    **_SNAPSHOTS,
+    **_RANDOM,
+}
 
-NAMES = (*_PACKAGED, *_RANDOM)
+NAMES = tuple(_PRESETS)
 
 
 def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Bert:
@@ -72,10 +82,7 @@ def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Be
     if name not in NAMES:
         raise ValueError(f"model.name: got {name!r}, expected one of {sorted(NAMES)}")
     try:
-        if name in _RANDOM:
-            config = _RANDOM[name](**options)
-        else:
-            config = replace(_PACKAGED[name].config, **options)
+        config = replace(_PRESETS[name], **options)
     except TypeError as error:
         raise ValueError(f"model.options: {error}") from error
     return models.ViT(config) if isinstance(config, models.ViTConfig) else models.Bert(config)

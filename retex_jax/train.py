@@ -26,7 +26,7 @@ from absl import flags
 from retex_jax import (
     artifact,
     checkpoint,
-    config,
+    command_line,
     data,
     evaluate,
     experiment,
@@ -42,11 +42,11 @@ from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
 
 
-def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Runs an experiment from experts to report.
 
     Args:
-      settings: the experiment file's ConfigDict, as configs/demo.py returns it.
+      config: the experiment, as configs/demo.py returns it.
       workdir: where results are written; one workdir holds one experiment.
 
     Returns:
@@ -57,7 +57,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         experiment, or the experts do not fit the pretrained model.
       RuntimeError: if something cannot be downloaded, or another run uses the workdir.
     """
-    settings, workdir = config.as_dict(settings), Path(workdir)
+    settings, workdir = command_line.as_dict(config), Path(workdir)
     clock, key = Clock(), jax.random.key(settings["seed"])
     experiment.start()
     experiment.check(settings)
@@ -377,14 +377,14 @@ def dry_run(settings: experiment.Settings) -> None:
 
 def main() -> None:
     """Runs the experiment file, or checks it."""
-    settings = _CONFIG.value
+    config = _CONFIG.value
     if _DRY_RUN.value:
-        dry_run(config.as_dict(settings))
-    train(settings, _WORKDIR.value or Path("workdirs") / settings.name)
+        dry_run(command_line.as_dict(config))
+    train(config, _WORKDIR.value or Path("workdirs") / config.name)
 
 
 if __name__ == "__main__":
-    _CONFIG = config.define_config()
+    _CONFIG = command_line.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "results; workdirs/NAME when not given")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "only check what is missing; downloads nothing")
-    config.run(main, required="config")
+    command_line.run(main, required="config")

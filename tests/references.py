@@ -35,6 +35,7 @@ TORCH_MATRICES = {
     "dense.weight": ((0, 1), 1),
     "token.weight": ((0, 1), 1),
 }
+_FEW_LEAVES = ("dense/bias", "dense/kernel", "scale", "second/kernel", "token/embedding")
 _BUFFERS = {
     "buffers/mask": np.array([True, False, True]),
     "buffers/positions": np.arange(5, dtype=np.int32),
@@ -42,6 +43,7 @@ _BUFFERS = {
 }
 
 Flat = dict[str, np.ndarray]
+Model = tuple[Flat, list[Flat]]  # pretrained, experts
 
 
 def nested(flat: Flat) -> dict:
@@ -71,35 +73,43 @@ def is_float(leaf: np.ndarray) -> bool:
     return leaf.dtype.kind not in "iub"
 
 
-def flax_model(
-    num_tasks: int, seed: int = 0, dtype: object = np.float32
-) -> tuple[Flat, list[Flat]]:
+def flax_model(num_tasks: int, seed: int = 0, dtype: object = np.float32) -> Model:
     """A pretrained model with leaves of 0 to 4 axes and integer buffers, and its experts."""
+    return _model(num_tasks, seed, dtype, tuple(_FLAX_SHAPES))
+
+
+def few_leaves(num_tasks: int, seed: int = 0, dtype: object = np.float32) -> Model:
+    """As `flax_model`, with leaves of 0 to 2 axes: each new shape costs a compilation."""
+    return _model(num_tasks, seed, dtype, _FEW_LEAVES)
+
+
+def _model(num_tasks: int, seed: int, dtype: object, names: tuple[str, ...]) -> Model:
     rng = np.random.default_rng(seed)
-    pretrained = {name: rng.normal(size=shape) for name, shape in _FLAX_SHAPES.items()}
-    experts = []
-    for _ in range(num_tasks):
-        expert = {
-            name: (leaf + 0.1 * rng.normal(size=leaf.shape)).astype(dtype)
+    pretrained = {name: np.array(rng.normal(size=_FLAX_SHAPES[name])) for name in names}
+    experts = [
+        {
+            name: np.asarray(leaf + 0.1 * rng.normal(size=leaf.shape), dtype)
             for name, leaf in pretrained.items()
         }
-        experts.append({**expert, **_BUFFERS})
-    return {**{name: leaf.astype(dtype) for name, leaf in pretrained.items()}, **_BUFFERS}, experts
+        for _ in range(num_tasks)
+    ]
+    pretrained = {name: np.asarray(leaf, dtype) for name, leaf in pretrained.items()}
+    return {**pretrained, **_BUFFERS}, [{**expert, **_BUFFERS} for expert in experts]
 
 
-def grid_model(num_tasks: int, seed: int = 0) -> tuple[Flat, list[Flat]]:
-    """As `flax_model`, but task vectors are few distinct multiples of 1/8: many ties and zeros.
+def grid_model(num_tasks: int, seed: int = 0) -> Model:
+    """As `few_leaves`, but task vectors are few distinct multiples of 1/8: many ties and zeros.
 
     All sums and differences are exact in float32.
     """
     rng = np.random.default_rng(seed)
     pretrained = {
-        name: (rng.integers(-16, 17, shape) / 8).astype(np.float32)
-        for name, shape in _FLAX_SHAPES.items()
+        name: np.asarray(rng.integers(-16, 17, _FLAX_SHAPES[name]) / 8, np.float32)
+        for name in _FEW_LEAVES
     }
     experts = [
         {
-            name: leaf + (rng.integers(-3, 4, leaf.shape) / 8).astype(np.float32)
+            name: np.asarray(leaf + rng.integers(-3, 4, leaf.shape) / 8, np.float32)
             for name, leaf in pretrained.items()
         }
         for _ in range(num_tasks)

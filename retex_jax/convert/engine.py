@@ -135,24 +135,26 @@ def to_flax(tensors: Mapping[str, np.ndarray], table: Table, expected: Mapping) 
         differs. All are listed, with the nearest known name where there is one.
     """
     expected = _flatten(expected)
-    wanted = {name: _to_torch_rule(name, table)[0] for name in expected}
+    wanted = {name: rule[0] for name in expected if (rule := _to_torch_rule(name, table))}
     sources: dict[str, tuple[str, Rule]] = {}
     extra, duplicate = [], []
     for key in tensors:
         if any(re.fullmatch(pattern, key) for pattern in table.ignore):
             continue
-        name, rule = _to_flax_rule(key, table)
-        if name not in expected:
+        match = _to_flax_rule(key, table)
+        if match is None or match[0] not in expected:
             extra.append(key)
-        elif name in sources:
+            continue
+        name, rule = match
+        if name in sources:
             duplicate.append(f"{sources[name][0]} and {key} both mean {name}")
         else:
             sources[name] = (key, rule)
     missing = [name for name in expected if name not in sources]
-    problems = [f"extra: {key}{_nearest(key, [w for w in wanted.values() if w])}" for key in extra]
+    problems = [f"extra: {key}{_nearest(key, wanted.values())}" for key in extra]
     problems += [
-        f"missing: {wanted[name] or '?'} (for {name}){_nearest(wanted[name] or name, extra)}"
-        for name in missing
+        f"missing: {key} (for {name}){_nearest(key, extra)}"
+        for name, key in ((name, wanted.get(name) or "?") for name in missing)
     ]
     problems += [f"duplicate: {pair}" for pair in duplicate]
 
@@ -185,12 +187,13 @@ def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     problems = []
     for name, value in _flatten(params).items():
-        key, rule = _to_torch_rule(name, table)
-        if key is None:
+        match = _to_torch_rule(name, table)
+        if match is None:
             number = re.search(r"\d+", name)
             known = [r.flax.replace("{i}", number[0] if number else "0") for r in table.rules]
             problems.append(f"extra: {name}{_nearest(name, known)}")
             continue
+        key, rule = match
         if key in tensors:
             problems.append(f"duplicate: {name} and another parameter both mean {key}")
             continue
@@ -246,7 +249,7 @@ def _pattern(template: str) -> re.Pattern:
     )
 
 
-def _to_flax_rule(key: str, table: Table) -> tuple[str | None, Rule | None]:
+def _to_flax_rule(key: str, table: Table) -> tuple[str, Rule] | None:
     for prefix in table.prefixes:
         if key.startswith(prefix):
             key = key[len(prefix) :]
@@ -255,14 +258,14 @@ def _to_flax_rule(key: str, table: Table) -> tuple[str | None, Rule | None]:
         for template in (rule.torch, *rule.aliases):
             if match := _pattern(template).fullmatch(key):
                 return rule.flax.format(**match.groupdict()), rule
-    return None, None
+    return None
 
 
-def _to_torch_rule(name: str, table: Table) -> tuple[str | None, Rule | None]:
+def _to_torch_rule(name: str, table: Table) -> tuple[str, Rule] | None:
     for rule in table.rules:
         if match := _pattern(rule.flax).fullmatch(name):
             return rule.torch.format(**match.groupdict()), rule
-    return None, None
+    return None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -41,7 +41,8 @@ def tweet(cache: Cache = None) -> Examples:
 def rated(text: str, threshold: float = 0.5) -> Examples:
     """Reads texts with mean human ratings of sentiment, which range from -4 to 4.
 
-    Texts were rated by about 20 people each (Hutto and Gilbert, "VADER", ICWSM 2014, section 3).
+    Each rating is the mean of at least 20 people's (Hutto and Gilbert, ICWSM 2014; the data's own
+    notes).
 
     Args:
       text: a header line, then lines of id, rating and text, separated by tabs.

@@ -4,6 +4,8 @@
 `expected_params(model)` gives the shapes and dtypes of the parameters without allocating them.
 """
 
+import functools
+
 import jax
 
 from retex_jax.models import bert, vit
@@ -38,10 +40,13 @@ def example_batch(model: ViT | Bert) -> dict[str, jax.Array]:
     Returns:
       A batch with a leading axis of 1.
     """
-    module = vit if isinstance(model, ViT) else bert
-    return module.example_batch(model.config)
+    if isinstance(model, ViT):
+        return vit.example_batch(model.config)
+    return bert.example_batch()
 
 
+# Compiled, so that the forward pass, which only gives the shapes, is never run.
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: ViT | Bert, key: jax.Array) -> dict:
     """Returns freshly initialised parameters.
 
@@ -52,8 +57,7 @@ def init_params(model: ViT | Bert, key: jax.Array) -> dict:
     Returns:
       Nested dict of arrays in `model.config.param_dtype`.
     """
-    # Compiled, so that the forward pass, which only gives the shapes, is never run.
-    return jax.jit(lambda key: model.init(key, example_batch(model))["params"])(key)
+    return dict(model.init(key, example_batch(model))["params"])
 
 
 def expected_params(model: ViT | Bert) -> dict:

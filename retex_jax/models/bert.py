@@ -148,10 +148,9 @@ class Bert(nn.Module):
         token_type = table("token_type_embedding", config.num_token_types)
         x = table("word_embedding", config.vocab_size)(input_ids)
         x = x + position.embedding[: input_ids.shape[1]].astype(config.dtype)
-        if token_types is None:
-            x = x + token_type.embedding[0].astype(config.dtype)
-        else:
-            x = x + token_type(token_types)
+        # Without token types every token is of type 0, whose row is broadcast.
+        kind = jnp.zeros((), jnp.int32) if token_types is None else token_types
+        x = x + token_type(kind)
         x = layers.layer_norm(config.layer_norm_eps, name="embedding_norm", **dtypes)(x)
 
         mask = real[:, None, None, :]
@@ -187,9 +186,8 @@ def _check_batch(batch, config):
     return input_ids, real, token_types
 
 
-def example_batch(config: BertConfig) -> dict[str, jax.Array]:
+def example_batch() -> dict[str, jax.Array]:
     """Returns a batch of one token, for `model.init` and `jax.eval_shape`."""
-    del config
     return {
         "input_ids": jnp.zeros((1, 1), jnp.int32),
         "attention_mask": jnp.ones((1, 1), jnp.int32),

@@ -191,10 +191,11 @@ def predict(params: dict[str, Any], index: int, embeddings: jax.Array) -> jax.Ar
 def loss_fn(params: dict[str, Any], targets: dict[int, jax.Array], tasks: jax.Array) -> jax.Array:
     """Eq. 5 over the given tasks [t]: the sum of squared errors of all their leaves."""
     embeddings = params["embeddings"][tasks]
-    return sum(
+    squares = [
         jnp.sum((predict(params, index, embeddings) - target[:, tasks]) ** 2)
         for index, target in targets.items()
-    )
+    ]
+    return jnp.stack(squares).sum()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -262,8 +263,9 @@ def _to_state(
             shared_factors[name] = learned["shared"][position]
         error = predict(params, index, params["embeddings"]) - targets[index]
         residual = jnp.sum(error**2, axis=tuple(range(1, error.ndim)))
-        if ranks[index] is not None:
-            solution = exact.solve_group(targets[index], ranks[index])
+        rank = ranks[index]
+        if rank is not None:
+            solution = exact.solve_group(targets[index], rank)
             exact.add_to_report(report, group, solution._replace(residual=residual))
             continue
         for position, name in enumerate(group):

@@ -180,7 +180,7 @@ def difference_matrices(
     experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan
 ) -> jax.Array:
     """D_t of one leaf, as matrices: [T, a, b], float32."""
-    return tree.to_matrix(difference_vectors(experts, base, name), plan.view)
+    return jnp.asarray(tree.to_matrix(difference_vectors(experts, base, name), plan.view))
 
 
 def add_to_report(report: FitReport, group: list[str], solution: Solution) -> None:

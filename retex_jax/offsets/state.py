@@ -122,23 +122,19 @@ def plan_leaves(
     """
     if rank_rule not in ("paper", "clip"):
         raise ValueError(f"rank_rule: got {rank_rule!r}, expected 'paper' or 'clip'")
-    views = {
-        name: tree.matrix_view(name, spec.shape, layout)
-        for name, spec in leaves.items()
-        if tree.is_float(spec.dtype)
-    }
-    shapes = {
-        name: tree.matrix_shape(leaves[name].shape, view)
-        for name, view in views.items()
-        if view is not None
-    }
-    largest = max((min(shape) for shape in shapes.values()), default=None)
-    if not isinstance(rank, int | np.integer) or rank < 1 or (largest and rank > largest):
+    matrices = {}
+    for name, spec in leaves.items():
+        view = tree.matrix_view(name, spec.shape, layout)
+        if view is not None and tree.is_float(spec.dtype):
+            matrices[name] = (view, tree.matrix_shape(spec.shape, view))
+    largest = max((min(shape) for _, shape in matrices.values()), default=None)
+    is_integer = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    if not is_integer or rank < 1 or (largest and rank > largest):
         limit = f"1 to {largest}, the largest min(a, b) of any leaf" if largest else "1 or more"
         raise ValueError(f"rank: got {rank!r}, expected an integer from {limit}")
     return {
-        name: LeafPlan(views[name], shape, _leaf_rank(rank, shape, rank_rule))
-        for name, shape in shapes.items()
+        name: LeafPlan(view, shape, _leaf_rank(rank, shape, rank_rule))
+        for name, (view, shape) in matrices.items()
     }
 
 

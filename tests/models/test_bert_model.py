@@ -75,8 +75,14 @@ def test_a_row_without_tokens_is_zero_and_harmless():
     got = apply(params, batch)
     np.testing.assert_array_equal(got.pooled[1], np.zeros(12))
     np.testing.assert_allclose(got.pooled[0], want.pooled[0], rtol=1e-5, atol=1e-5)
-    grads = jax.grad(lambda p: jnp.sum(apply(p, batch).pooled ** 2))(params)
+
+
+def test_gradients_are_finite_beside_a_row_without_tokens():
+    params, batch = random_params(), make_batch()
+    batch["attention_mask"][1] = 0
+    grads = jax.grad(lambda p: jnp.sum(apply(p, batch, num_layers=1).layers ** 2))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert np.any(grads["blocks_0"]["attention"]["query"]["kernel"])
 
 
 def test_pooled_is_the_last_layer_mean():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 
@@ -55,6 +55,7 @@ def run(main: Callable[[], None], required: str) -> None:
         return rest
 
     def call(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
         try:
             main()
         except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:

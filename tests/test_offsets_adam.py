@@ -1,0 +1,425 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+import retex_jax as rtx
+from retex_jax.offsets import adam
+
+RETEX = rtx.METHODS["retex"]
+FAST = {
+    "solver": "adam",
+    "rank": 2,
+    "learning_rate": 1e-2,
+    "steps": 40,
+    "warmup_steps": 10,
+    "chunk_steps": 10,
+    "checkpoint_every": 10,
+}
+MATRIX = {"dense/kernel": ((1, 0), 1)}
+
+
+class DictCheckpoints:
+    """Keeps steps in a dict, as NumPy, so that no buffer is shared with the fit."""
+
+    def __init__(self):
+        self.steps = {}
+        self.restored = []
+
+    def latest(self):
+        return max(self.steps, default=None)
+
+    def save(self, step, tree):
+        self.steps[step] = jax.tree.map(np.array, tree)
+
+    def restore(self, step, like):
+        self.restored.append(step)
+        saved = jax.tree.map(jnp.asarray, self.steps[step])
+        assert jax.tree.structure(saved) == jax.tree.structure(like)
+        return saved
+
+
+def _model(num_tasks=3, seed=0):
+    rng = np.random.default_rng(seed)
+    pretrained = {
+        "dense/kernel": rng.normal(size=(5, 6)).astype(np.float32),
+        "dense/bias": rng.normal(size=6).astype(np.float32),
+        "scale": np.array(1, np.float32),
+    }
+    experts = [
+        {
+            name: np.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), np.float32)
+            for name, leaf in pretrained.items()
+        }
+        for _ in range(num_tasks)
+    ]
+    return pretrained, experts
+
+
+def _expert_set(pretrained, experts):
+    return rtx.ExpertSet.from_trees(
+        references.nested(pretrained), [references.nested(expert) for expert in experts]
+    )
+
+
+def _fit(model=None, **options):
+    return RETEX.fit(
+        _expert_set(*(model or _model())), **{"key": jax.random.key(0), **FAST, **options}
+    )
+
+
+def _assert_equal(one, other):
+    for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def _stored_offsets(state, task):
+    """The offsets of a task, in float64, from what the state stores."""
+    offsets = {}
+    for name, generator in state.generators.items():
+        embedding = np.asarray(state.task_embeddings[task], np.float64)
+        factor = np.tensordot(embedding, np.asarray(generator, np.float64), axes=1)
+        shared = np.asarray(state.shared_factors[name], np.float64)
+        offsets[name] = (factor @ shared).T if name in MATRIX else factor * shared
+    return offsets
+
+
+def _squared_error(state, experts):
+    merged = references.flat(state.merged)
+    return {
+        name: sum(
+            np.sum((expert[name].astype(np.float64) - merged[name] - offsets[name]) ** 2)
+            for expert, offsets in zip(
+                experts, [_stored_offsets(state, task) for task in range(len(experts))], strict=True
+            )
+        )
+        for name in state.generators
+    }
+
+
+def test_reaches_the_optimum():
+    pretrained, experts = _model()
+    state = _fit(steps=2000, warmup_steps=100, chunk_steps=500, checkpoint_every=500)
+    recovered, residuals = references.retex(
+        references.weight_average(pretrained, experts), experts, 2, MATRIX
+    )
+    assert state.report.optimum == pytest.approx(sum(residuals.values()), rel=1e-5)
+    assert state.report.residual <= 1.01 * sum(residuals.values())
+    assert 1 - 1e-5 <= state.report.ratio <= 1.01
+    errors = _squared_error(state, experts)
+    for name, error in errors.items():
+        assert state.report.residuals[name] == pytest.approx(error, rel=1e-4, abs=1e-9)
+        assert error <= 1.01 * residuals[name] + 1e-6
+    for task, expert in enumerate(experts):
+        found = references.flat(RETEX.recover(state, task))
+        np.testing.assert_allclose(found["dense/bias"], expert["dense/bias"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            found["dense/kernel"], recovered[task]["dense/kernel"], rtol=1e-2, atol=1e-2
+        )
+    exact = _expert_set(pretrained, experts)
+    assert state.report.energy == pytest.approx(RETEX.fit(exact, rank=2).report.energy, rel=1e-5)
+
+
+def test_one_task_a_step_gets_near_the_optimum():
+    state = _fit(
+        tasks_per_step="one", steps=3000, warmup_steps=100, chunk_steps=500, checkpoint_every=500
+    )
+    assert 1 - 1e-5 <= state.report.ratio <= 1.05
+
+
+def test_one_task_a_step_samples_every_task():
+    # With the generator still at zero (the first step's rate is 0), a step's loss is the energy of
+    # the offsets of the task that was sampled, or of all.
+    _, experts = _model()
+    merged = references.weight_average(*_model())
+    energies = [
+        sum(np.sum((expert[name] - merged[name]) ** 2) for name in merged) for expert in experts
+    ]
+    sampled = set()
+    for seed in range(12):
+        losses = []
+        _fit(
+            key=jax.random.key(seed), tasks_per_step="one", steps=2, warmup_steps=1,
+            chunk_steps=1, checkpoint_every=1, progress=lambda *call: losses.append(call[2]),
+        )  # fmt: skip
+        task = int(np.argmin(np.abs(np.array(energies) - losses[0])))
+        assert losses[0] == pytest.approx(energies[task], rel=1e-5)
+        sampled.add(task)
+    assert sampled == {0, 1, 2}
+    losses = []
+    _fit(
+        steps=2, warmup_steps=1, chunk_steps=1, checkpoint_every=1,
+        progress=lambda *call: losses.append(call),
+    )  # fmt: skip
+    assert losses[0][:2] == (1, 2)
+    assert losses[0][2] == pytest.approx(sum(energies), rel=1e-5)
+
+
+def _gradient(targets):
+    """Of sum_t ||(e_t W + bias) S - D_t||^2 by embeddings, W, bias and S, by hand."""
+
+    def gradient(params):
+        factors = np.einsum("td,dar->tar", params["embeddings"], params["weight"]) + params["bias"]
+        error = factors @ params["shared"] - targets
+        of_factors = 2 * error @ params["shared"].T
+        return {
+            "embeddings": np.einsum("tar,dar->td", of_factors, params["weight"]),
+            "weight": np.einsum("tar,td->dar", of_factors, params["embeddings"]),
+            "bias": of_factors.sum(axis=0),
+            "shared": 2 * np.einsum("tar,tab->rb", factors, error),
+        }
+
+    return gradient
+
+
+def _parameters(saved):
+    group = saved.params["groups"][0]
+    return {
+        "embeddings": saved.params["embeddings"],
+        "weight": group["weight"][0],
+        "bias": group["bias"][0],
+        "shared": group["shared"][0],
+    }
+
+
+def test_every_step_is_the_papers():
+    """Zero-initialised shared factor, Eq. 5's gradient, Adam, linear warm-up and cosine decay."""
+    pretrained, experts = _model()
+    pretrained, *experts = [
+        {"dense/kernel": model["dense/kernel"]} for model in (pretrained, *experts)
+    ]
+    steps, warmup, peak = 30, 10, 1e-2
+    checkpoints = DictCheckpoints()
+    _fit((pretrained, experts), steps=steps, warmup_steps=warmup, learning_rate=peak,
+         chunk_steps=1, checkpoint_every=1, checkpoints=checkpoints)  # fmt: skip
+    assert sorted(checkpoints.steps) == list(range(1, steps + 1))
+    rates = [
+        peak * step / warmup
+        if step < warmup
+        else peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        for step in range(steps)
+    ]
+    # The first step's rate is 0, so that what it leaves behind is where the fit began.
+    start = _parameters(checkpoints.steps[1])
+    assert not start["shared"].any()
+    assert start["shared"].shape == (2, 5)
+    assert start["weight"].shape == (3, 6, 2)
+    assert start["bias"].shape == (6, 2)
+    assert start["embeddings"].shape == (3, 3)
+    for name in ("weight", "bias"):  # PyTorch's linear layer of three inputs
+        assert np.abs(start[name]).max() <= 3**-0.5
+        assert np.abs(start[name]).max() >= 0.8 * 3**-0.5
+    merged = references.weight_average(pretrained, experts)["dense/kernel"]
+    targets = np.stack([(expert["dense/kernel"] - merged).T for expert in experts])
+    for step in (2, 5, 11, 20, 30):
+        want = references.adam(start, _gradient(targets), rates[:step])
+        found = _parameters(checkpoints.steps[step])
+        assert int(checkpoints.steps[step].step) == step
+        for name in want:
+            np.testing.assert_allclose(found[name], want[name], rtol=1e-4, atol=1e-5)
+    assert np.abs(found["shared"]).max() > 0.01
+
+
+def test_defaults_are_the_papers(monkeypatch):
+    seen = {}
+
+    class StopHereError(Exception):
+        pass
+
+    def stop(schedule, *args, **options):
+        seen["rates"] = [float(schedule(step)) for step in (0, 300, 600, 2800, 5000)]
+        seen["options"] = (args, options)
+        raise StopHereError
+
+    monkeypatch.setattr(adam.optax, "adam", stop)
+    with pytest.raises(StopHereError):
+        RETEX.fit(_expert_set(*_model()), rank=2, solver="adam")
+    np.testing.assert_allclose(seen["rates"], [0, 1e-4, 2e-4, 1e-4, 0], rtol=1e-5, atol=1e-11)
+    assert seen["options"] == ((), {})
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 39, 40])
+def test_warmup_may_be_nothing_or_everything(warmup_steps):
+    losses = []
+    _fit(warmup_steps=warmup_steps, progress=lambda *call: losses.append(call[2]))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3])
+def test_baked_form(num_tasks):
+    # d_emb + 1 >= T: the task factors themselves are the smaller form.
+    model = _model(num_tasks)
+    for d_emb in (None, max(1, num_tasks - 1), num_tasks + 3):
+        state = _fit(model, d_emb=d_emb)
+        np.testing.assert_array_equal(state.task_embeddings, np.eye(num_tasks))
+        assert state.generators["dense/kernel"].shape == (num_tasks, 6, 2)
+        assert state.generators["dense/bias"].shape == (num_tasks, 6)
+        assert state.generators["scale"].shape == (num_tasks,)
+
+
+def test_generator_form():
+    pretrained, experts = _model(6)
+    state = _fit((pretrained, experts), d_emb=2, steps=400, chunk_steps=100, checkpoint_every=100)
+    assert state.num_tasks == 6
+    assert state.task_embeddings.shape == (6, 3)
+    np.testing.assert_array_equal(state.task_embeddings[:, 2], 1)
+    assert state.generators["dense/kernel"].shape == (3, 6, 2)
+    assert state.generators["scale"].shape == (3,)
+    assert RETEX.extra_bytes(state) == 4 * (6 * 3 + 3 * 6 * 2 + 2 * 5 + 3 * 6 + 1 + 3 + 1)
+    # The optimum is that of free task factors: a bound from below that two numbers a task miss.
+    _, residuals = references.retex(
+        references.weight_average(pretrained, experts), experts, 2, MATRIX
+    )
+    assert state.report.optimum == pytest.approx(sum(residuals.values()), rel=1e-5)
+    assert 1.01 < state.report.ratio < state.report.energy / state.report.optimum
+    for name, error in _squared_error(state, experts).items():
+        assert state.report.residuals[name] == pytest.approx(error, rel=1e-4, abs=1e-9)
+    merged = references.flat(state.merged)
+    for task in range(6):
+        found = references.flat(RETEX.recover(state, task))
+        for name, offset in _stored_offsets(state, task).items():
+            np.testing.assert_allclose(found[name], merged[name] + offset, rtol=1e-5, atol=1e-5)
+    # Interpolated embeddings are interpolated offsets, the bias included.
+    weights = np.array([0.5, 0, 0.25, 0, 0, 0.25], np.float32)
+    mixture = references.flat(RETEX.mix(state, weights))
+    for name in state.generators:
+        want = merged[name] + sum(
+            weight * _stored_offsets(state, task)[name] for task, weight in enumerate(weights)
+        )
+        np.testing.assert_allclose(mixture[name], want, rtol=1e-5, atol=1e-5)
+    one_hot = references.flat(RETEX.mix(state, np.eye(6, dtype=np.float32)[4]))
+    for name, leaf in references.flat(RETEX.recover(state, 4)).items():
+        np.testing.assert_allclose(one_hot[name], leaf, rtol=1e-6, atol=1e-6)
+
+
+def test_generator_form_fits_experts_that_lie_on_a_line():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(5, 1)), rng.normal(size=(1, 6))
+    pretrained = {"dense/kernel": np.zeros((5, 6), np.float32)}
+    experts = [
+        {"dense/kernel": (place * left @ right).astype(np.float32)} for place in (-2, -1, 0, 1, 2)
+    ]
+    state = _fit((pretrained, experts), d_emb=1, steps=1500, warmup_steps=50, chunk_steps=500,
+                 checkpoint_every=500)  # fmt: skip
+    assert state.task_embeddings.shape == (5, 2)
+    assert state.report.residual <= 1e-4 * state.report.energy
+
+
+@pytest.mark.parametrize("tasks_per_step", ["all", "one"])
+@pytest.mark.parametrize("killed_at", [10, 20, 30])
+def test_resuming_is_bitwise_equal_to_never_stopping(tasks_per_step, killed_at):
+    class KilledError(Exception):
+        pass
+
+    def kill(done, steps, loss):
+        if done > killed_at:
+            raise KilledError
+
+    options = {"tasks_per_step": tasks_per_step, "steps": 45, "chunk_steps": 5}
+    whole = _fit(**options)
+    checkpoints = DictCheckpoints()
+    with pytest.raises(KilledError):
+        _fit(**options, checkpoints=checkpoints, progress=kill)
+    assert checkpoints.latest() == killed_at
+    seen = []
+    resumed = _fit(**options, checkpoints=checkpoints, progress=lambda *call: seen.append(call[0]))
+    assert checkpoints.restored == [killed_at]
+    assert seen == list(range(killed_at + 5, 46, 5))
+    assert checkpoints.latest() == 45
+    _assert_equal(whole, resumed)
+    # A finished fit is read back without a step.
+    _assert_equal(whole, _fit(**options, checkpoints=checkpoints, progress=pytest.fail))
+
+
+def test_fitting_twice_is_bitwise_equal_and_the_key_matters():
+    _assert_equal(_fit(), _fit())
+    assert not np.array_equal(
+        _fit().generators["dense/kernel"], _fit(key=jax.random.key(1)).generators["dense/kernel"]
+    )
+
+
+def test_chunks_do_not_change_the_answer():
+    one = _fit(chunk_steps=40, checkpoint_every=40)
+    other = _fit(chunk_steps=7, checkpoint_every=7)
+    for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_steps", [1, 8])
+def test_a_loss_that_is_not_finite_raises_at_its_step(chunk_steps):
+    checkpoints = DictCheckpoints()
+    losses = []
+    with pytest.raises(FloatingPointError) as error:
+        _fit(
+            learning_rate=1e30, chunk_steps=chunk_steps, checkpoint_every=chunk_steps,
+            checkpoints=checkpoints, progress=lambda *call: losses.append(call),
+        )  # fmt: skip
+    # Step 1 has rate 0, step 2 blows up the parameters, step 3 is the first to see that.
+    assert "at step 3;" in str(error.value)
+    assert "learning_rate = 1e+30" in str(error.value)
+    assert all(math.isfinite(loss) for _, _, loss in losses)
+    assert all(step < 3 for step in checkpoints.steps)
+
+
+def test_the_last_update_may_not_be_lost_to_nan():
+    # The loss of a step is that from before its update: only the result shows what the last one did.
+    with pytest.raises(FloatingPointError):
+        _fit(learning_rate=1e30, steps=2, warmup_steps=1, chunk_steps=1, checkpoint_every=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_emb": 0}, "d_emb: got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate: got nan"),
+        ({"learning_rate": math.inf}, "learning_rate: got inf"),
+        ({"steps": 0, "warmup_steps": 0}, "steps: got 0"),
+        ({"warmup_steps": 41}, "warmup_steps: got 41"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1"),
+        ({"tasks_per_step": "some"}, "tasks_per_step: got 'some'"),
+        ({"chunk_steps": 0}, "chunk_steps"),
+        ({"checkpoint_every": 15}, "checkpoint_every: got 15"),
+        ({"checkpoint_every": 0}, "checkpoint_every: got 0"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        _fit(**options)
+
+
+def test_all_bad_settings_are_listed_at_once():
+    with pytest.raises(
+        ValueError, match=r"d_emb.*learning_rate.*steps.*warmup_steps.*tasks_per_st"
+    ):
+        _fit(d_emb=0, learning_rate=-1, steps=0, warmup_steps=2, tasks_per_step="none")
+
+
+def test_products_are_at_the_highest_precision():
+    """Also where the report measures the residual, outside the training loop."""
+    targets = {0: jnp.ones((1, 3, 6, 5)), 1: jnp.ones((2, 3, 4))}
+    params = adam.init_params(jax.random.key(0), targets, {0: 2, 1: None}, 3)
+    for index in targets:
+        text = str(jax.make_jaxpr(adam.predict, static_argnums=1)(params, index, jnp.ones((3, 3))))
+        products = text.count("dot_general[")
+        assert products == 2 - index
+        assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
+def test_loss_under_jit_equals_eager():
+    rng = np.random.default_rng(0)
+    targets = {
+        0: jnp.asarray(rng.normal(size=(2, 3, 6, 5)), jnp.float32),
+        1: jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32),
+        2: jnp.asarray(rng.normal(size=(1, 3)), jnp.float32),
+    }
+    params = adam.init_params(jax.random.key(0), targets, {0: 2, 1: None, 2: None}, 3)
+    tasks = jnp.array([2, 0])
+    at_zero = sum(float(jnp.sum(target[:, tasks] ** 2)) for target in targets.values())
+    assert float(adam.loss_fn(params, targets, tasks)) == pytest.approx(at_zero, rel=1e-5)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    want = float(adam.loss_fn(params, targets, tasks))
+    assert float(jax.jit(adam.loss_fn)(params, targets, tasks)) == pytest.approx(want, rel=1e-5)

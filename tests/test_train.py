@@ -1,0 +1,429 @@
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from retex_jax import artifact, experiment, experts, finetune, logging, metrics, train
+
+ROW = {
+    "method": str,
+    "variant": str,
+    "task_known": bool,
+    "head_known": bool,
+    "needs": str,
+    "accuracy": dict,
+    "normalized_accuracy": float,
+    "adr": float,
+    "amr": float,
+    "bytes_per_task": (int, float),
+    "identification_accuracy": (float, type(None)),
+    "seconds_fit": float,
+    "peak_rss_bytes": int,
+}
+TOP = {
+    "schema": int,
+    "commit": str,
+    "checkpoint_set": str,
+    "seed": int,
+    "device": str,
+    "tasks": list,
+    "individual": dict,
+    "rows": list,
+    "offsets": dict,
+}
+OFFSETS = {
+    "solver": str,
+    "rank": int,
+    "residual": float,
+    "optimum": float,
+    "ratio": float,
+    "seconds": float,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny.trained(tmp_path_factory)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def contents(folder):
+    """Path to (bytes' hash, modification time) of every file."""
+    return {
+        path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_types(found, schema):
+    for name, kind in schema.items():
+        assert type(found[name]) in (kind if isinstance(kind, tuple) else (kind,)), name
+
+
+def find(rows, method, variant="", known=(True, True)):
+    found = [
+        row
+        for row in rows
+        if row["method"] == method
+        and variant in row["variant"]
+        and (row["task_known"], row["head_known"]) == known
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+# What a finished run leaves
+
+
+def test_results_have_the_schema(run):
+    results = read(run.workdir / "results.json")
+    names = list(tiny.CLASSES)
+    assert_types(results, TOP)
+    assert results["schema"] == 1
+    assert results["tasks"] == names
+    assert results["seed"] == run.settings["seed"]
+    assert results["device"] == "8 x cpu"
+    assert results["checkpoint_set"] == run.experts.name
+    assert list(results["individual"]) == names
+    assert_types(results["offsets"], OFFSETS)
+    assert (results["offsets"]["solver"], results["offsets"]["rank"]) == ("exact", 8)
+    assert 1 <= results["offsets"]["ratio"] <= 1.0001
+    for row in results["rows"]:
+        assert_types(row, ROW)
+        assert list(row["accuracy"]) == names
+        assert all(type(x) is float and 0 <= x <= 1 for x in row["accuracy"].values())
+        assert row["seconds_fit"] > 0
+        assert row["peak_rss_bytes"] > 1 << 20
+        assert (row["identification_accuracy"] is None) == row["task_known"]
+        assert row["needs"]
+
+
+def test_results_have_one_row_a_method_and_protocol(run):
+    rows = [
+        (row["method"], row["variant"], row["task_known"], row["head_known"])
+        for row in run.results["rows"]
+    ]
+    assert sorted(rows) == [
+        ("retex", "exact r=2", True, True),
+        ("retex", "exact r=8", False, False),
+        ("retex", "exact r=8", False, True),
+        ("retex", "exact r=8", True, True),
+        ("task_arithmetic", "scaling=0.3", True, True),
+        ("ties", "density=0.2, merge=mean, scaling=1.0", True, True),
+        ("weight_average", "", True, True),
+    ]
+
+
+def test_results_are_returned(run):
+    assert read(run.workdir / "results.json") == json.loads(json.dumps(run.results))
+
+
+def test_row_figures_follow_from_its_accuracies_and_bytes(run):
+    individual = run.results["individual"]
+    model_bytes = sum(
+        leaf.nbytes for leaf in artifact.load(run.workdir).tensors.values() if leaf.ndim >= 0
+    )
+    tensors = artifact.load(run.workdir).tensors
+    model_bytes = sum(x.nbytes for name, x in tensors.items() if name.startswith("merged/"))
+    for row in run.results["rows"]:
+        accuracy = row["accuracy"]
+        ratios = [accuracy[name] / individual[name] for name in individual]
+        assert row["normalized_accuracy"] == pytest.approx(np.mean(ratios))
+        total = sum(accuracy.values()) / sum(individual.values())
+        assert row["adr"] == pytest.approx(1 - total)
+        assert row["amr"] == pytest.approx(row["bytes_per_task"] / model_bytes)
+
+
+def test_bytes_are_those_in_the_artifact(run):
+    tensors = artifact.load(run.workdir).tensors
+    stored = {}
+    for name, tensor in tensors.items():
+        part = name.split("/")[0]
+        stored[part] = stored.get(part, 0) + tensor.nbytes
+    offset_bytes = stored["task_embeddings"] + stored["generators"] + stored["shared_factors"]
+    rows = run.results["rows"]
+    assert find(rows, "weight_average")["bytes_per_task"] == 0
+    assert find(rows, "retex", "r=8")["bytes_per_task"] == pytest.approx(offset_bytes / 3)
+    for head_known in (True, False):
+        row = find(rows, "retex", "r=8", (False, head_known))
+        assert row["bytes_per_task"] == pytest.approx((offset_bytes + stored["identifier"]) / 3)
+
+
+def test_merging_loses_and_recovery_restores(run):
+    rows = run.results["rows"]
+    recovered = find(rows, "retex", "r=8")["normalized_accuracy"]
+    assert find(rows, "weight_average")["normalized_accuracy"] < recovered - 0.01
+    assert find(rows, "retex", "r=2")["normalized_accuracy"] < recovered
+    assert recovered >= 0.99
+    known = find(rows, "retex", "r=8", (False, True))
+    unknown = find(rows, "retex", "r=8", (False, False))
+    for name in tiny.CLASSES:
+        assert unknown["accuracy"][name] <= known["accuracy"][name]
+
+
+def test_individual_accuracies_are_those_of_the_experts(run):
+    for task in run.tasks:
+        tree = experts.read_safetensors(run.experts / f"{task.name}.safetensors")
+        head = tree.pop("head")
+        test = task.splits["test"]
+        features = run.backbone.model.apply({"params": tree}, {"image": test["image"]}).pooled
+        predictions = np.asarray(features @ head["kernel"] + head["bias"]).argmax(axis=1)
+        assert run.results["individual"][task.name] == metrics.accuracy(predictions, test["label"])
+
+
+def test_every_file_is_there_and_whole(run):
+    report = (run.workdir / "report.html").read_text()
+    for word in ("<svg", "Identified task", "dots", "rings", "num_calibration"):
+        assert word in report
+    manifest = read(run.workdir / "manifest.json")
+    parts = {name.split("/")[0] for name in manifest["tensors"]}
+    assert parts == {
+        "merged",
+        "task_embeddings",
+        "generators",
+        "shared_factors",
+        "identifier",
+        "heads",
+    }
+    assert read(run.workdir / "config.json") == run.settings
+    lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
+    assert {"phase", "step"} <= set(json.loads(lines[0]))
+    assert {path.name for path in run.workdir.iterdir()} == {
+        ".lock",
+        "artifact.safetensors",
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "report.html",
+        "results.json",
+    }
+
+
+def test_files_can_be_read_by_others(run):
+    """A run's folder on a cluster is shared; all files have the mode that the umask gives."""
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {
+        path.name: path.stat().st_mode & 0o777
+        for folder in (run.workdir, run.experts)
+        for path in folder.iterdir()
+        if path.is_file() and path.name != ".lock"
+    }
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
+# Running again, and beside others
+
+
+def test_finished_workdir_can_be_run_again(run, tmp_path):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(run.workdir, workdir)
+    for name in ("report.html", "results.json"):
+        (workdir / name).unlink()
+    experts_before = contents(run.experts)
+    with tiny.world(run.cache):
+        results = train.train(run.config, workdir)
+    assert [row["accuracy"] for row in results["rows"]] == [
+        row["accuracy"] for row in run.results["rows"]
+    ]
+    assert (workdir / "report.html").is_file()
+    assert artifact.load(workdir).metadata["variant"] == "exact r=8"
+    assert (workdir / "artifact.safetensors").read_bytes() == (
+        run.workdir / "artifact.safetensors"
+    ).read_bytes()
+    unchanged = {name: x for name, x in contents(run.experts).items() if name.name != ".lock"}
+    assert unchanged == {name: x for name, x in experts_before.items() if name.name != ".lock"}
+
+
+def test_workdir_of_another_experiment_is_refused_and_not_touched(run):
+    before = contents(run.workdir)
+    config = ConfigDict(run.config)
+    config.offsets.rank = 7
+    config.finetune.learning_rate = 0.5
+    with tiny.world(run.cache), pytest.raises(ValueError, match="another experiment") as error:
+        train.train(config, run.workdir)
+    lines = str(error.value).splitlines()
+    assert str(run.workdir) in lines[0]
+    assert [line.strip() for line in lines[1:]] == [
+        "finetune.learning_rate: 0.003 there, 0.5 here",
+        "offsets.rank: 8 there, 7 here",
+    ]
+    assert contents(run.workdir) == before
+
+
+def test_workdir_of_another_version_names_missing_entries(run, tmp_path):
+    settings = json.loads(json.dumps(run.settings))
+    settings["offsets"]["renamed"] = settings["offsets"].pop("rank")
+    artifact.write_json(tmp_path / "config.json", settings)
+    with pytest.raises(ValueError, match=r"offsets\.rank: None there, 8 here\n  offsets\.renamed"):
+        train.check_workdir(run.settings, tmp_path)
+
+
+def test_damaged_workdir_is_refused(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"na')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        train.check_workdir(run.settings, tmp_path)
+
+
+def test_workdir_in_use_is_refused(run, tmp_path):
+    with tiny.world(run.cache), logging.WorkdirLock(tmp_path):
+        with pytest.raises(RuntimeError, match="in use by another run"):
+            train.train(run.config, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_run_that_cannot_start_leaves_nothing(run, tmp_path):
+    config = ConfigDict(run.config)
+    config.offsets.rank = 99
+    workdir = tmp_path / "workdir"
+    with tiny.world(tmp_path / "cache"), pytest.raises(ValueError, match=r"offsets\.rank"):
+        train.train(config, workdir)
+    assert not workdir.exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_run_whose_data_cannot_be_read_leaves_the_workdir_free(run, tmp_path, monkeypatch):
+    """The settings are corrected and the same command is typed again."""
+
+    def fail(settings, announce=None):
+        raise ValueError("SHA-256 expected")
+
+    with tiny.world(tmp_path / "cache"), monkeypatch.context() as patch:
+        patch.setattr(experiment, "fetch", fail)
+        with pytest.raises(ValueError, match="SHA-256"):
+            train.train(run.config, tmp_path / "workdir")
+    config = ConfigDict(run.config)
+    config.tasks = ("dots",)
+    train.check_workdir(train.command_line.as_dict(config), tmp_path / "workdir")
+
+
+def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):
+    """With a root of one's own the folder's name does not tell; the experts themselves must."""
+    root = tmp_path / "experts"
+    shutil.copytree(run.experts, root)
+    config = ConfigDict(run.config)
+    config.experts.root = str(root)
+    config.finetune.steps = 5
+    with tiny.world(run.cache), pytest.raises(ValueError, match="experts"):
+        train.train(config, tmp_path / "workdir")
+
+
+# Unusual experiments
+
+
+def test_one_task(run, tmp_path):
+    config = ConfigDict(run.config)
+    config.tasks = ("dots",)
+    config.baselines = {"weight_average": {}}
+    config.offsets.extra_ranks = ()
+    with tiny.world(run.cache):
+        results = train.train(config, tmp_path)
+    individual = run.results["individual"]["dots"]
+    assert results["individual"] == {"dots": individual}
+    assert [row["accuracy"] for row in results["rows"]] == [{"dots": individual}] * 4
+    assert find(results["rows"], "retex", known=(False, False))["identification_accuracy"] == 1
+    assert results["offsets"]["ratio"] == 1
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_unknown_optimum_can_be_written(run, tmp_path, value):
+    """The range finder knows no optimum, and a ratio to an optimum of 0 is infinite."""
+    results = json.loads(json.dumps(run.results))
+    results["offsets"].update(optimum=value, ratio=value)
+    results["rows"][0]["normalized_accuracy"] = value
+    train.write(run.settings, tmp_path, results, run.released, np.eye(3, dtype=int))
+    assert read(tmp_path / "results.json")["offsets"]["ratio"] is None
+
+
+def test_spectra_are_summed_over_blocks():
+    class Report:
+        spectra = {  # noqa: RUF012
+            "block_0/kernel": np.array([9.0, 1.0]),
+            "block_1/kernel": np.array([7.0, 3.0]),
+            "head_2": np.array([0.0]),
+        }
+
+    found = train.grouped_spectra(Report)
+    assert list(found) == ["block/kernel"]
+    np.testing.assert_allclose(found["block/kernel"], [4.0, 2.0])
+
+
+# Killed runs
+
+
+def program(cache, root, workdir, kill=None):
+    command = [sys.executable, "tests/tiny.py", "retex_jax.train", "--config=tests/tiny.py:adam"]
+    command += [f"--workdir={workdir}", f"--config.experts.root={root}"]
+    environment = {**os.environ, "RETEX_CACHE": str(cache), "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("TINY_KILL", None)
+    if kill:
+        environment["TINY_KILL"] = kill
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
+    return done
+
+
+def tensors_of(folder):
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix == ".safetensors"
+    }
+
+
+def offset_rows(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if row["phase"] == "offsets"]
+
+
+def test_killed_run_resumes_and_ends_bitwise_equal(tmp_path):
+    cache = tmp_path / "cache"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    program(cache, whole / "experts", whole / "run")
+
+    first = program(cache, broken / "experts", broken / "run", kill="rings:16")
+    assert (broken / "experts/.unfinished/rings/8").is_dir()
+    assert not (broken / "experts/rings.safetensors").exists()
+    dots = (broken / "experts/dots.safetensors").stat().st_mtime_ns
+    assert "resumed" not in first.stderr
+
+    second = program(cache, broken / "experts", broken / "run", kill="unfinished:40")
+    assert "rings: resumed at step 8" in second.stderr
+    assert "dots: resumed" not in second.stderr
+    assert (broken / "experts/dots.safetensors").stat().st_mtime_ns == dots
+    assert tensors_of(whole / "experts").keys() == {
+        "dots.safetensors",
+        "rings.safetensors",
+        "pretrained.safetensors",
+    }
+    assert tensors_of(broken / "experts") == tensors_of(whole / "experts")
+    assert not (broken / "experts/.unfinished").exists()
+    assert not (broken / "run/artifact.safetensors").exists()
+    assert not (broken / "run/results.json").exists()
+
+    third = program(cache, broken / "experts", broken / "run")
+    assert "resumed at step 20" in third.stderr
+    assert tensors_of(broken / "run") == tensors_of(whole / "run")
+    assert artifact.load(broken / "run").tensors.keys() == artifact.load(whole / "run").tensors.keys()
+    ours, theirs = (read(path / "run/results.json") for path in (broken, whole))
+    assert [row["accuracy"] for row in ours["rows"]] == [row["accuracy"] for row in theirs["rows"]]
+    assert ours["offsets"]["residual"] == theirs["offsets"]["residual"]
+    assert offset_rows(broken / "run") == offset_rows(whole / "run")
+    assert [step for step, _ in offset_rows(whole / "run")] == [10, 20, 30, 40, 50, 60]
+    assert finetune.missing_experts(broken / "experts", ["dots", "rings"]) == []
