@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
                 "max_length": 64,  # tokens a text; text models only
             },
             "tasks": (),
-            # Sizes of the splits; max_train None: all that is left.
-            "data": {"seed": 0, "max_train": None, "max_val": 256, "max_test": 512},
+            # The most examples in each split.
+            "data": {"seed": 0, "max_train": 4000, "max_val": 256, "max_test": 512},
             "experts": {
                 "root": "",  # where experts lie; "": in the cache folder, made when missing
                 "pretrained": "",  # Hugging Face repository below root, instead of fine-tuning
@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
                 "batch_size": 32,
                 "learning_rate": 1e-4,
                 "head_learning_rate": 3e-3,
-                "head_init": "zeros",  # or "probe"
                 "weight_decay": 0.05,
                 "warmup_steps": 15,
                 "checkpoint_every": 100,

@@ -157,10 +157,6 @@ def _model_problems(settings: Settings, model: Any) -> list[str]:
     for name in ("steps", "batch_size", "checkpoint_every"):
         if spec[name] < 1:
             problems.append(f"finetune.{name}: got {spec[name]}, expected 1 or more")
-    if spec["head_init"] not in ("zeros", "probe"):
-        problems.append(
-            f"finetune.head_init: got {spec['head_init']!r}, expected 'zeros' or 'probe'"
-        )
     if not 0 <= spec["warmup_steps"] <= spec["steps"]:
         problems.append(
             f"finetune.warmup_steps: got {spec['warmup_steps']}, expected 0 to {spec['steps']}"

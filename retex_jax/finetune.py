@@ -121,7 +121,6 @@ def finetune(
     batch_size: int,
     learning_rate: float,
     head_learning_rate: float,
-    head_init: str,
     weight_decay: float,
     warmup_steps: int,
     checkpoint_every: int,
@@ -136,8 +135,7 @@ def finetune(
       steps: of AdamW.
       batch_size: B.
       learning_rate: peak, of the backbone.
-      head_learning_rate: peak, of the head.
-      head_init: the head starts at "zeros", or at the linear "probe" (arXiv:2202.10054).
+      head_learning_rate: peak, of the head, which starts at zero.
       weight_decay: decoupled.
       warmup_steps: part of `steps`.
       checkpoint_every: steps between two checkpoints.
@@ -158,11 +156,12 @@ def finetune(
         "warmup_steps": warmup_steps,
         "steps": steps,
     }
-    classifier, probe_accuracy = linear_probe(backbone, task, batch_size)
-    if head_init == "zeros":
-        classifier = jax.tree.map(jnp.zeros_like, classifier)
+    head = {
+        "kernel": jnp.zeros((model.config.feature_dim, task.num_classes)),
+        "bias": jnp.zeros(task.num_classes),
+    }
     # Copied: the step donates its state, and the pretrained model is needed again.
-    params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": classifier._asdict()}
+    params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
     state = TrainState(params, make_optimizer(**settings).init(params))
     unfinished = directory / ".unfinished" / task.name
     checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
@@ -172,10 +171,10 @@ def finetune(
         logging.info(f"{task.name}: resumed at step {done}")
     with logging.progress(steps, f"fine-tune {task.name}") as progress:
         for step in range(done, steps):
-            batch = data.take(
-                train, data.batch_indices(len(train["label"]), batch_size, step, seed)
-            )
+            indices = data.batch_indices(len(train["label"]), batch_size, step, seed)
+            batch = data.trim(data.take(train, indices))
             state, loss = train_step(model, tuple(settings.items()), state, batch)
+            loss = float(loss)  # waits for the step, so that the progress shown is real
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 if not np.isfinite(loss):
                     raise FloatingPointError(
@@ -193,7 +192,7 @@ def finetune(
         "pretrained": backbone.source,
         "examples": {name: len(split["label"]) for name, split in task.splits.items()},
         "accuracy": _accuracies(model, params, task, batch_size),
-        "linear_probe": probe_accuracy,
+        "linear_probe": linear_probe(backbone, task, batch_size),
         "seconds": time.perf_counter() - started,
     }
     tensors = {**tree.flatten(params["backbone"]), **tree.flatten({"head": params["head"]})}
@@ -203,10 +202,8 @@ def finetune(
     return record
 
 
-def linear_probe(
-    backbone: Backbone, task: data.Task, batch_size: int
-) -> tuple[probe.Probe, dict[str, float]]:
-    """Logistic regression on the frozen pretrained features, and its accuracy on "val" and "test"."""
+def linear_probe(backbone: Backbone, task: data.Task, batch_size: int) -> dict[str, float]:
+    """Accuracy on "val" and "test" of logistic regression on the frozen pretrained features."""
     features = {
         name: recovery.run(backbone.model, backbone.params, split, batch_size)
         for name, split in task.splits.items()
@@ -215,13 +212,12 @@ def linear_probe(
     classifier = probe.fit(
         features["train"], labels["train"], features["val"], labels["val"], task.num_classes
     )
-    accuracies = {
+    return {
         name: metrics.accuracy(
             recovery.logits(classifier._asdict(), features[name]).argmax(axis=1), labels[name]
         )
         for name in ("val", "test")
     }
-    return classifier, accuracies
 
 
 def _accuracies(model: Any, params: Params, task: data.Task, batch_size: int) -> dict[str, float]:

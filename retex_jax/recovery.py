@@ -61,7 +61,7 @@ def run(
     }
     outputs = []
     for batch, valid in data.padded_batches(inputs, batch_size):
-        features = _apply(model, params, batch, layer or None)
+        features = _apply(model, params, data.trim(batch), layer or None)
         chosen = features.layers[layer - 1] if layer else features.pooled
         outputs.append(np.asarray(chosen)[valid])
     return np.concatenate(outputs)

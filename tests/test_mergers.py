@@ -118,18 +118,15 @@ def test_ties_by_hand():
     [([3, 3], 1.0), ([-3, -3], -1.0), ([3, -3], -1.0)],
 )
 def test_a_zero_sum_takes_the_majority_sign(rest, want):
-    pretrained = {"a": np.zeros(1, np.float32), "b": np.zeros(2, np.float32)}
-    experts = [
-        {"a": np.float32([1]), "b": np.float32(rest)},
-        {"a": np.float32([-1]), "b": np.float32(rest)},
-    ]
-    assert _merge("ties", pretrained, experts, density=1.0)["a"] == want
+    pretrained = {"a": np.zeros(3, np.float32), "b": np.zeros((1, 2), np.float32)}
+    experts = [{"a": np.float32([sign, 0, 0]), "b": np.float32([rest])} for sign in (1, -1)]
+    assert _merge("ties", pretrained, experts, density=1.0)["a"][0] == want
 
 
 def test_trimming_is_global_over_leaves():
-    pretrained = {"a": np.zeros(4, np.float32), "b": np.zeros((2, 2), np.float32)}
-    expert = {"a": np.float32([1, 2, 3, 4]), "b": np.float32([[10, 20], [30, 40]])}
-    found = _merge("ties", pretrained, [expert], density=0.5)
+    pretrained = {"a": np.zeros(3, np.float32), "b": np.zeros((1, 2), np.float32)}
+    expert = {"a": np.float32([1, 2, 3]), "b": np.float32([[10, 20]])}
+    found = _merge("ties", pretrained, [expert, expert], density=0.4)
     np.testing.assert_array_equal(found["a"], 0)
     np.testing.assert_array_equal(found["b"], expert["b"])
 
@@ -294,14 +291,14 @@ def test_merging_twice_is_bitwise_equal(name):
 @pytest.mark.parametrize("name", MERGERS)
 def test_sharded_equals_one_device(name, place_on_8_devices):
     rng = np.random.default_rng(0)
-    shapes = {"a/kernel": (16, 24), "b/bias": (8,), "c/kernel": (3, 3, 4, 16), "d": (), "e": (5,)}
+    shapes = {"a/kernel": (16, 24), "b/kernel": (3, 3, 4, 16), "c": ()}
     pretrained = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
     experts = [
         {
             key: leaf + np.float32(0.1 * rng.normal(size=leaf.shape))
             for key, leaf in pretrained.items()
         }
-        for _ in range(3)
+        for _ in range(2)
     ]
     sharded = [place_on_8_devices(model) for model in (pretrained, *experts)]
     assert len(sharded[1]["a/kernel"].sharding.device_set) == 8

@@ -19,6 +19,7 @@ FAST = {
     "chunk_steps": 10,
     "checkpoint_every": 10,
 }
+ONE_STEP = {"steps": 2, "warmup_steps": 1, "chunk_steps": 1, "checkpoint_every": 1}
 MATRIX = {"dense/kernel": ((1, 0), 1)}
 
 
@@ -119,8 +120,11 @@ def test_reaches_the_optimum():
         np.testing.assert_allclose(
             found["dense/kernel"], recovered[task]["dense/kernel"], rtol=1e-2, atol=1e-2
         )
-    exact = _expert_set(pretrained, experts)
-    assert state.report.energy == pytest.approx(RETEX.fit(exact, rank=2).report.energy, rel=1e-5)
+    merged = references.flat(state.merged)
+    energy = sum(
+        np.sum((expert[name] - merged[name]) ** 2) for expert in experts for name in merged
+    )
+    assert state.report.energy == pytest.approx(energy, rel=1e-5)
 
 
 def test_one_task_a_step_gets_near_the_optimum():
@@ -139,21 +143,20 @@ def test_one_task_a_step_samples_every_task():
         sum(np.sum((expert[name] - merged[name]) ** 2) for name in merged) for expert in experts
     ]
     sampled = set()
-    for seed in range(12):
+    for seed in range(8):
         losses = []
         _fit(
-            key=jax.random.key(seed), tasks_per_step="one", steps=2, warmup_steps=1,
-            chunk_steps=1, checkpoint_every=1, progress=lambda *call: losses.append(call[2]),
-        )  # fmt: skip
+            key=jax.random.key(seed),
+            tasks_per_step="one",
+            **ONE_STEP,
+            progress=lambda *call, losses=losses: losses.append(call[2]),
+        )
         task = int(np.argmin(np.abs(np.array(energies) - losses[0])))
         assert losses[0] == pytest.approx(energies[task], rel=1e-5)
         sampled.add(task)
     assert sampled == {0, 1, 2}
     losses = []
-    _fit(
-        steps=2, warmup_steps=1, chunk_steps=1, checkpoint_every=1,
-        progress=lambda *call: losses.append(call),
-    )  # fmt: skip
+    _fit(**ONE_STEP, progress=lambda *call: losses.append(call))
     assert losses[0][:2] == (1, 2)
     assert losses[0][2] == pytest.approx(sum(energies), rel=1e-5)
 
@@ -241,23 +244,21 @@ def test_defaults_are_the_papers(monkeypatch):
     assert seen["options"] == ((), {})
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 39, 40])
-def test_warmup_may_be_nothing_or_everything(warmup_steps):
+@pytest.mark.parametrize("warmup_steps", [0, 39])
+def test_warmup_may_be_nothing_or_all_but_one_step(warmup_steps):
     losses = []
     _fit(warmup_steps=warmup_steps, progress=lambda *call: losses.append(call[2]))
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3])
-def test_baked_form(num_tasks):
+@pytest.mark.parametrize(("num_tasks", "d_emb"), [(1, None), (3, None), (3, 2)])
+def test_baked_form(num_tasks, d_emb):
     # d_emb + 1 >= T: the task factors themselves are the smaller form.
-    model = _model(num_tasks)
-    for d_emb in (None, max(1, num_tasks - 1), num_tasks + 3):
-        state = _fit(model, d_emb=d_emb)
-        np.testing.assert_array_equal(state.task_embeddings, np.eye(num_tasks))
-        assert state.generators["dense/kernel"].shape == (num_tasks, 6, 2)
-        assert state.generators["dense/bias"].shape == (num_tasks, 6)
-        assert state.generators["scale"].shape == (num_tasks,)
+    state = _fit(_model(num_tasks), d_emb=d_emb)
+    np.testing.assert_array_equal(state.task_embeddings, np.eye(num_tasks))
+    assert state.generators["dense/kernel"].shape == (num_tasks, 6, 2)
+    assert state.generators["dense/bias"].shape == (num_tasks, 6)
+    assert state.generators["scale"].shape == (num_tasks,)
 
 
 def test_generator_form():
@@ -308,8 +309,7 @@ def test_generator_form_fits_experts_that_lie_on_a_line():
     assert state.report.residual <= 1e-4 * state.report.energy
 
 
-@pytest.mark.parametrize("tasks_per_step", ["all", "one"])
-@pytest.mark.parametrize("killed_at", [10, 20, 30])
+@pytest.mark.parametrize(("tasks_per_step", "killed_at"), [("all", 10), ("all", 30), ("one", 20)])
 def test_resuming_is_bitwise_equal_to_never_stopping(tasks_per_step, killed_at):
     class KilledError(Exception):
         pass
@@ -342,8 +342,7 @@ def test_fitting_twice_is_bitwise_equal_and_the_key_matters():
 
 
 def test_chunks_do_not_change_the_answer():
-    one = _fit(chunk_steps=40, checkpoint_every=40)
-    other = _fit(chunk_steps=7, checkpoint_every=7)
+    one, other = _fit(), _fit(chunk_steps=20, checkpoint_every=20)
     for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
@@ -367,7 +366,7 @@ def test_a_loss_that_is_not_finite_raises_at_its_step(chunk_steps):
 def test_the_last_update_may_not_be_lost_to_nan():
     # The loss of a step is that from before its update: only the result shows what the last one did.
     with pytest.raises(FloatingPointError):
-        _fit(learning_rate=1e30, steps=2, warmup_steps=1, chunk_steps=1, checkpoint_every=1)
+        _fit(learning_rate=1e30, **ONE_STEP)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +377,7 @@ def test_the_last_update_may_not_be_lost_to_nan():
         ({"learning_rate": math.nan}, "learning_rate: got nan"),
         ({"learning_rate": math.inf}, "learning_rate: got inf"),
         ({"steps": 0, "warmup_steps": 0}, "steps: got 0"),
-        ({"warmup_steps": 41}, "warmup_steps: got 41"),
+        ({"warmup_steps": 40}, "warmup_steps: got 40"),
         ({"warmup_steps": -1}, "warmup_steps: got -1"),
         ({"tasks_per_step": "some"}, "tasks_per_step: got 'some'"),
         ({"chunk_steps": 0}, "chunk_steps"),
@@ -409,17 +408,38 @@ def test_products_are_at_the_highest_precision():
         assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
 
 
-def test_loss_under_jit_equals_eager():
+def test_loss_under_jit():
     rng = np.random.default_rng(0)
     targets = {
-        0: jnp.asarray(rng.normal(size=(2, 3, 6, 5)), jnp.float32),
-        1: jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32),
-        2: jnp.asarray(rng.normal(size=(1, 3)), jnp.float32),
+        0: rng.normal(size=(2, 3, 6, 5)).astype(np.float32),
+        1: rng.normal(size=(1, 3, 4)).astype(np.float32),
     }
-    params = adam.init_params(jax.random.key(0), targets, {0: 2, 1: None, 2: None}, 3)
-    tasks = jnp.array([2, 0])
-    at_zero = sum(float(jnp.sum(target[:, tasks] ** 2)) for target in targets.values())
-    assert float(adam.loss_fn(params, targets, tasks)) == pytest.approx(at_zero, rel=1e-5)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    want = float(adam.loss_fn(params, targets, tasks))
-    assert float(jax.jit(adam.loss_fn)(params, targets, tasks)) == pytest.approx(want, rel=1e-5)
+    params = {
+        "embeddings": rng.normal(size=(3, 2)),
+        "groups": {
+            0: {
+                "weight": rng.normal(size=(2, 2, 6, 3)),
+                "bias": rng.normal(size=(2, 6, 3)),
+                "shared": rng.normal(size=(2, 3, 5)),
+            },
+            1: {
+                "weight": rng.normal(size=(1, 2, 4)),
+                "bias": rng.normal(size=(1, 4)),
+                "shared": rng.normal(size=1),
+            },
+        },
+    }
+    want = 0.0
+    for task in (2, 0):
+        for index, target in targets.items():
+            for leaf in range(len(target)):
+                group = {name: value[leaf] for name, value in params["groups"][index].items()}
+                factor = (
+                    np.tensordot(params["embeddings"][task], group["weight"], 1) + group["bias"]
+                )
+                offset = factor @ group["shared"] if index == 0 else factor * group["shared"]
+                want += np.sum((offset - target[leaf, task]) ** 2)
+    params = jax.tree.map(np.float32, params)
+    assert float(jax.jit(adam.loss_fn)(params, targets, np.array([2, 0]))) == pytest.approx(
+        want, rel=1e-5
+    )

@@ -166,21 +166,6 @@ def test_shapes_of_the_factors():
     assert set(state.generators) == set(state.shared_factors) == set(state.report.residuals)
 
 
-def test_a_column_is_recovered_exactly():
-    # min(a, b) = 1 with b = 1: floor(1 / 2) = 0 becomes 1, which is exact.
-    pretrained = {"k": np.zeros((1, 7), np.float32), "m": np.zeros((3, 3), np.float32)}
-    rng = np.random.default_rng(0)
-    experts = [
-        {"k": rng.normal(size=(1, 7)).astype(np.float32), "m": np.eye(3, dtype=np.float32)}
-        for _ in range(3)
-    ]
-    state = _fit(pretrained, experts, rank=2)
-    for task, expert in enumerate(experts):
-        np.testing.assert_allclose(
-            RETEX.recover(state, task)["k"], expert["k"], rtol=1e-6, atol=1e-6
-        )
-
-
 @pytest.mark.parametrize("model", MODELS[1:], ids=MODEL_IDS[1:])
 def test_leaves_below_two_axes_are_exact(model):
     pretrained, experts = model
@@ -263,7 +248,7 @@ def test_all_solver_paths_equal_the_svd(path):
         np.testing.assert_allclose(spectrum, values[: len(spectrum)] ** 2, rtol=1e-5, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 2, 9)])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 2, 9), (3, 7, 1)])
 @pytest.mark.parametrize("max_gram", [3, exact.MAX_GRAM])
 @pytest.mark.parametrize("kind", ["zero", "deficient", "full rank"])
 def test_degenerate_offsets(shape, max_gram, kind):
@@ -299,17 +284,19 @@ def test_the_certificate_holds_down_to_rounding(noise):
     assert state.report.residual == pytest.approx(errors["k"], rel=1e-4)
 
 
-def test_single_precision_never_certifies_what_it_has_not_reached():
-    offsets = _power_law((3, 20, 40))
-    _, least = references.low_rank(offsets, 20)
-    solution = exact.solve_group(offsets[None], 20, precision="float32")
+def test_single_precision_never_certifies_what_it_does_not_know():
+    rng = np.random.default_rng(0)
+    signal = rng.normal(size=(3, 20, 4)) @ np.linalg.qr(rng.normal(size=(16, 4)))[0].T
+    offsets = (signal + 1e-3 * rng.normal(size=signal.shape)).astype(np.float32)
+    _, least = references.low_rank(offsets, 4)
+    solution = exact.solve_group(offsets[None], 4, precision="float32")
     product = np.asarray(solution.task_factors[0], np.float64) @ np.asarray(
         solution.shared_factor[0], np.float64
     )
     residual = np.sum((offsets - product) ** 2)
-    assert float(solution.residual[0]) == pytest.approx(residual, rel=1e-4)
+    assert float(solution.residual[0]) == pytest.approx(residual, rel=1e-3)
     assert residual / least <= 1.0001
-    # A float32 Gram is no certificate: its optimum is right to 1e-4, or it says that it is unknown.
+    # The tail of a float32 spectrum is rounding: right to 1e-4, or said to be unknown.
     optimum = float(solution.optimum[0])
     assert math.isnan(optimum) or optimum == pytest.approx(least, rel=1e-4)
 

@@ -22,27 +22,28 @@ sys.path.insert(0, str(ROOT))  # the experiment files are no part of the package
 
 from configs import common  # noqa: E402
 
-from retex_jax import checkpoint, command_line, data, experiment, release, train  # noqa: E402
+from retex_jax import checkpoint, command_line, data, experiment, release  # noqa: E402
 
-CLASSES = {"dots": 3, "bars": 4, "rings": 3}
+NAMES = ("dots", "bars", "rings")
+NUM_CLASSES = 3
 TEXT = "notes"
 
 
-def images(seed, num_classes, brightness, count=240):
+def images(seed, brightness, count=240):
     """Draws each class as a pattern of its own under noise, at a brightness of the task's own."""
     rng = np.random.default_rng(seed)
-    patterns = rng.normal(0, 30, (num_classes, 8, 8))
-    labels = np.arange(count) % num_classes
+    patterns = rng.normal(0, 30, (NUM_CLASSES, 8, 8))
+    labels = np.arange(count) % NUM_CLASSES
     drawn = brightness + patterns[labels] + rng.normal(0, 20, (count, 8, 8))
     pixels = np.clip(drawn, 0, 255).astype(np.uint8)
-    return data.Examples(pixels, labels, tuple(f"class {i}" for i in range(num_classes)))
+    return data.Examples(pixels, labels, tuple(f"class {i}" for i in range(NUM_CLASSES)))
 
 
 def specs():
     """Task name to its TaskSpec."""
     made = {}
-    for index, (name, num_classes) in enumerate(CLASSES.items()):
-        examples = images(index, num_classes, brightness=60 + 60 * index)
+    for index, name in enumerate(NAMES):
+        examples = images(index, brightness=60 + 60 * index)
         made[name] = data.TaskSpec(lambda _, examples=examples: examples, (), "drawn", "none")
     return made
 
@@ -63,10 +64,10 @@ def get_config(kind=""):
         "width": 16,
         "num_layers": 2,
         "num_heads": 2,
-        "mlp_dim": 32,
+        "mlp_dim": 16,
         "pool": "mean",
     }
-    config.tasks = tuple(CLASSES)
+    config.tasks = NAMES
     config.finetune.update(
         steps=24,
         batch_size=16,
@@ -90,6 +91,7 @@ def get_config(kind=""):
     config.identifier.num_calibration = 40
     config.evaluate.batch_size = 32
     if kind == "adam":
+        config.model.options.num_layers = 1
         config.tasks = ("dots", "rings")
         config.baselines = {}
         config.offsets.extra_ranks = ()
@@ -101,9 +103,14 @@ def get_config(kind=""):
 def world(cache):
     """The tiny tasks instead of the packaged ones, a cache folder, and JAX's settings put back."""
     kept = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+        name: jax.config.values[name]
+        for name in (
+            "jax_compilation_cache_dir",
+            "jax_disable_most_optimizations",
+            "jax_persistent_cache_min_compile_time_secs",
+        )
     }
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RETEX_CACHE", str(cache))
         for table, tasks in ((data.VISION_TASKS, specs()), (data.TEXT_TASKS, {TEXT: text_spec()})):
@@ -137,6 +144,8 @@ _RUNS = []
 
 def trained(tmp_path_factory):
     """The run that all tests share: trained when first asked for, and left as it is."""
+    from retex_jax import train  # here, because as a program this file runs it
+
     if not _RUNS:
         cache, workdir = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run") / "workdir"
         config = get_config()

@@ -1,6 +1,6 @@
 """Data: packaged tasks read out of checked wheels, tokenising, and batches."""
 
-from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take
+from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take, trim
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
 from retex_jax.data.loading import check_names, fetch_tasks, load_task, make_task
 from retex_jax.data.tasks import Examples, Task, TaskSpec, split_indices
@@ -30,4 +30,5 @@ __all__ = [
     "read_member",
     "split_indices",
     "take",
+    "trim",
 ]

@@ -48,6 +48,27 @@ def take(split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array[indices]) for name, array in split.items()}
 
 
+def trim(batch: Split, multiple: int = 16) -> dict[str, np.ndarray]:
+    """Cuts the padding that all texts of a batch have in common; other batches stay as they are.
+
+    Args:
+      batch: with "attention_mask" [B, L], padded at the end, if it holds texts.
+      multiple: lengths are rounded up to it, so that few shapes occur; at most L.
+
+    Returns:
+      The batch, its arrays [B, L, ...] cut to [B, l, ...].
+    """
+    if "attention_mask" not in batch:
+        return dict(batch)
+    full = batch["attention_mask"].shape[1]
+    longest = max(1, int(batch["attention_mask"].any(axis=0).sum()))
+    length = min(full, -(-longest // multiple) * multiple)
+    return {
+        name: array[:, :length] if array.shape[1:2] == (full,) else array
+        for name, array in batch.items()
+    }
+
+
 def padded_batches(
     split: Split, batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
