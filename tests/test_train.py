@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from ml_collections import ConfigDict
 
-from retex_jax import artifact, experiment, experts, finetune, logging, metrics, train
+from retex_jax import artifact, experiment, experts, finetune, logging, metrics, recovery, train
 
 ROW = {
     "method": str,
@@ -133,9 +132,6 @@ def test_results_are_returned(run):
 
 def test_row_figures_follow_from_its_accuracies_and_bytes(run):
     individual = run.results["individual"]
-    model_bytes = sum(
-        leaf.nbytes for leaf in artifact.load(run.workdir).tensors.values() if leaf.ndim >= 0
-    )
     tensors = artifact.load(run.workdir).tensors
     model_bytes = sum(x.nbytes for name, x in tensors.items() if name.startswith("merged/"))
     for row in run.results["rows"]:
@@ -179,7 +175,7 @@ def test_individual_accuracies_are_those_of_the_experts(run):
         tree = experts.read_safetensors(run.experts / f"{task.name}.safetensors")
         head = tree.pop("head")
         test = task.splits["test"]
-        features = run.backbone.model.apply({"params": tree}, {"image": test["image"]}).pooled
+        features = recovery.run(run.backbone.model, tree, test, 32)
         predictions = np.asarray(features @ head["kernel"] + head["bias"]).argmax(axis=1)
         assert run.results["individual"][task.name] == metrics.accuracy(predictions, test["label"])
 
@@ -250,7 +246,7 @@ def test_finished_workdir_can_be_run_again(run, tmp_path):
 
 def test_workdir_of_another_experiment_is_refused_and_not_touched(run):
     before = contents(run.workdir)
-    config = ConfigDict(run.config)
+    config = tiny.get_config()
     config.offsets.rank = 7
     config.finetune.learning_rate = 0.5
     with tiny.world(run.cache), pytest.raises(ValueError, match="another experiment") as error:
@@ -286,7 +282,7 @@ def test_workdir_in_use_is_refused(run, tmp_path):
 
 
 def test_run_that_cannot_start_leaves_nothing(run, tmp_path):
-    config = ConfigDict(run.config)
+    config = tiny.get_config()
     config.offsets.rank = 99
     workdir = tmp_path / "workdir"
     with tiny.world(tmp_path / "cache"), pytest.raises(ValueError, match=r"offsets\.rank"):
@@ -305,7 +301,7 @@ def test_run_whose_data_cannot_be_read_leaves_the_workdir_free(run, tmp_path, mo
         patch.setattr(experiment, "fetch", fail)
         with pytest.raises(ValueError, match="SHA-256"):
             train.train(run.config, tmp_path / "workdir")
-    config = ConfigDict(run.config)
+    config = tiny.get_config()
     config.tasks = ("dots",)
     train.check_workdir(train.command_line.as_dict(config), tmp_path / "workdir")
 
@@ -314,7 +310,7 @@ def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):
     """With a root of one's own the folder's name does not tell; the experts themselves must."""
     root = tmp_path / "experts"
     shutil.copytree(run.experts, root)
-    config = ConfigDict(run.config)
+    config = tiny.get_config()
     config.experts.root = str(root)
     config.finetune.steps = 5
     with tiny.world(run.cache), pytest.raises(ValueError, match="experts"):
@@ -325,7 +321,7 @@ def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):
 
 
 def test_one_task(run, tmp_path):
-    config = ConfigDict(run.config)
+    config = tiny.get_config()
     config.tasks = ("dots",)
     config.baselines = {"weight_average": {}}
     config.offsets.extra_ranks = ()

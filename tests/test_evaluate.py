@@ -1,0 +1,326 @@
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from retex_jax import data, evaluate, experts, offsets, recovery, tree
+
+NAMES = ["first", "second"]
+# Heads on two features. first: class 0 if x > y else 1. second: class 0, 1, 2 by -x, x, y.
+HEADS = [
+    {"kernel": np.array([[1.0, 0.0], [0.0, 1.0]]), "bias": np.zeros(2)},
+    {"kernel": np.array([[-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "bias": np.zeros(3)},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny.trained(tmp_path_factory)
+
+
+@pytest.fixture
+def mixed(run):
+    """Inputs of all tasks, their true tasks and labels."""
+    batch = evaluate.mixed_test(run.tasks, seed=0)
+    return {"image": batch["image"]}, batch["task"], batch["label"]
+
+
+def predict(run, inputs):
+    released = run.released
+    return evaluate.predict_unknown(
+        run.backbone.model, released.state, released.identifier, inputs, 32
+    )
+
+
+def evaluated(run, tasks, **changes):
+    options = {"variant": "v", "batch_size": 32, "seed": 0, "seconds_fit": 1.5, **changes}
+    return evaluate.evaluate_release(
+        run.backbone.model, run.released, tasks, run.results["individual"], **options
+    )
+
+
+# The two protocols, by hand
+
+
+def test_unknown_protocols_by_hand():
+    features = np.array([[2, 1], [2, 1], [1, 2], [-3, 0], [1, 2], [3, 0], [-3, 1]], np.float32)
+    # By the first head:   0       0       1        1        1       0        1
+    # By the second head:  1       1       2        0        2       1        0
+    true_tasks = np.array([0, 0, 0, 0, 1, 1, 1])
+    identified = np.array([0, 1, 0, 1, 1, 0, 1], np.int32)
+    labels = np.array([0, 0, 0, 1, 2, 1, 2])
+    # Own head right:      yes     yes     no       yes      yes     yes      no
+    # and task right:      yes     no      no       no       yes     no       no
+    with_head, without_head, confusion = evaluate.unknown(
+        evaluate.Unknown(identified, features), HEADS, NAMES, true_tasks, labels
+    )
+    assert with_head == pytest.approx({"first": 3 / 4, "second": 2 / 3})
+    assert without_head == pytest.approx({"first": 1 / 4, "second": 1 / 3})
+    np.testing.assert_array_equal(confusion, [[2, 2], [1, 2]])
+
+
+def test_wrong_task_is_wrong_even_when_its_class_has_the_number_of_the_label():
+    features = np.array([[2.0, 1.0]], np.float32)
+    prediction = evaluate.Unknown(np.array([1], np.int32), features)
+    # The second head says class 1, and 1 is the label, but of the first task.
+    _, without_head, _ = evaluate.unknown(
+        prediction, HEADS, NAMES[:2], np.array([0]), np.array([1])
+    ) if False else evaluate.unknown(
+        evaluate.Unknown(np.array([1, 1], np.int32), np.repeat(features, 2, 0)),
+        HEADS,
+        NAMES,
+        np.array([0, 1]),
+        np.array([1, 1]),
+    )
+    assert without_head == {"first": 0.0, "second": 1.0}
+
+
+# Nothing that predicts sees the true task
+
+
+@pytest.mark.parametrize("extra", [["task"], ["label"], ["label", "task"]])
+def test_predict_unknown_refuses_task_and_label(run, mixed, extra):
+    inputs, true_tasks, labels = mixed
+    leaking = {**inputs, **{name: {"task": true_tasks, "label": labels}[name] for name in extra}}
+    with pytest.raises(ValueError, match=rf"inputs: got \['{extra[0]}'"):
+        predict(run, leaking)
+
+
+def test_predictions_are_those_of_the_identified_expert(run, mixed):
+    inputs, true_tasks, _ = mixed
+    prediction = predict(run, inputs)
+    assert (prediction.task_ids == true_tasks).mean() > 0.9
+    for task in range(3):
+        rows = np.flatnonzero(prediction.task_ids == task)
+        want = recovery.run(
+            run.backbone.model,
+            offsets.recover(run.released.state, task),
+            data.take(inputs, rows),
+            32,
+        )
+        np.testing.assert_array_equal(prediction.features[rows], want)
+
+
+def test_whole_evaluation_predicts_the_same_under_permuted_tasks_and_labels(run, monkeypatch):
+    seen = []
+    real_unknown, real_mixed = evaluate.unknown, evaluate.mixed_test
+
+    def spy(prediction, *rest):
+        seen.append(prediction)
+        return real_unknown(prediction, *rest)
+
+    monkeypatch.setattr(evaluate, "unknown", spy)
+    rows, confusion = evaluated(run, run.tasks)
+    assert np.trace(confusion) > 0.9 * confusion.sum()
+
+    def permuted(tasks, seed):
+        batch = real_mixed(tasks, seed)
+        order = np.random.default_rng(7).permutation(len(batch["task"]))
+        return {**batch, "task": batch["task"][order], "label": batch["label"][order]}
+
+    monkeypatch.setattr(evaluate, "mixed_test", permuted)
+    other_rows, other_confusion = evaluated(run, run.tasks)
+    first, second = seen
+    np.testing.assert_array_equal(first.task_ids, second.task_ids)
+    np.testing.assert_array_equal(first.features, second.features)
+    # The truth did change: what is scored against it did, too.
+    assert np.trace(other_confusion) < 0.6 * other_confusion.sum()
+    assert other_rows[2]["accuracy"] != rows[2]["accuracy"]
+    assert other_rows[0]["accuracy"] == rows[0]["accuracy"]
+
+
+def test_inputs_are_predicted_the_same_whichever_task_they_are_filed_under(run, monkeypatch):
+    seen = {}
+    real_predict = evaluate.predict_unknown
+
+    def spy(model, state, identifier, inputs, batch_size):
+        prediction = real_predict(model, state, identifier, inputs, batch_size)
+        for image, task, feature in zip(
+            inputs["image"], prediction.task_ids, prediction.features, strict=True
+        ):
+            seen.setdefault(image.tobytes(), []).append((task, feature))
+        return prediction
+
+    monkeypatch.setattr(evaluate, "predict_unknown", spy)
+    evaluated(run, run.tasks)
+    rotated = [
+        data.Task(task.name, task.classes, {"test": other.splits["test"]}, "", "")
+        for task, other in zip(run.tasks, run.tasks[1:] + run.tasks[:1], strict=True)
+    ]
+    rows, confusion = evaluated(run, rotated)
+    assert np.trace(confusion) < 0.1 * confusion.sum()
+    assert rows[2]["identification_accuracy"] < 0.1
+    assert all(value < 0.1 for value in rows[2]["accuracy"].values())
+    assert len(seen) == 240
+    for (task, feature), (other_task, other_feature) in seen.values():
+        assert task == other_task
+        np.testing.assert_allclose(feature, other_feature, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_test_is_shuffled_and_whole(run):
+    batch = evaluate.mixed_test(run.tasks, seed=0)
+    assert [int((batch["task"] == task).sum()) for task in range(3)] == [80, 80, 80]
+    assert (np.diff(batch["task"]) != 0).sum() > 100
+    for index, task in enumerate(run.tasks):
+        rows = batch["task"] == index
+        found = {x.tobytes(): y for x, y in zip(batch["image"][rows], batch["label"][rows])}
+        test = task.splits["test"]
+        assert found == {x.tobytes(): y for x, y in zip(test["image"], test["label"])}
+    other = evaluate.mixed_test(run.tasks, seed=1)
+    assert (other["task"] != batch["task"]).any()
+
+
+# With the task known
+
+
+def test_known_agrees_with_running_each_example_alone(run):
+    found = evaluate.known(
+        run.backbone.model,
+        lambda task: offsets.recover(run.released.state, task),
+        list(run.released.heads.values()),
+        run.tasks,
+        32,
+    )
+    assert list(found) == list(tiny.NAMES)
+    for index, task in enumerate(run.tasks):
+        params = offsets.recover(run.released.state, index)
+        head = run.released.heads[task.name]
+        right = []
+        for image, label in zip(
+            task.splits["test"]["image"], task.splits["test"]["label"], strict=True
+        ):
+            features = recovery.run(run.backbone.model, params, {"image": image[None]}, 32)
+            right.append(int(np.argmax(features[0] @ head["kernel"] + head["bias"])) == label)
+        assert found[task.name] == np.mean(right)
+
+
+def test_known_gives_each_task_its_own_parameters_and_head():
+    """A model whose pooled feature is a parameter: only the right expert and head answer right."""
+
+    def task(name, label):
+        test = {"image": np.zeros((4, 8, 8, 3), np.uint8), "label": np.full(4, label, np.int32)}
+        return data.Task(name, ("a", "b", "c"), {"test": test}, "", "")
+
+    class Constant:
+        config = SimpleNamespace(feature_dim=2)
+
+        def apply(self, variables, batch, num_layers=None):
+            pooled = jnp.tile(variables["params"]["x"], (len(batch["image"]), 1))
+            return SimpleNamespace(pooled=pooled, layers=None)
+
+    experts_by_task = [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
+    heads = [
+        {"kernel": np.array([[0, 5.0, 0], [9.0, 0, 0]]), "bias": np.zeros(3)},
+        {"kernel": np.array([[0, 9.0, 0], [0, 0, 5.0]]), "bias": np.zeros(3)},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            recovery, "_apply", lambda model, params, batch, n: model.apply({"params": params}, batch)
+        )
+        patch.setattr(recovery.models, "example_batch", lambda model: {"image": 0})
+        found = evaluate.known(
+            Constant(),
+            lambda index: {"x": experts_by_task[index]},
+            heads,
+            [task("first", 1), task("second", 2)],
+            3,
+        )
+    assert found == {"first": 1.0, "second": 1.0}
+
+
+# The program
+
+
+def test_program_reproduces_the_rows_of_the_run(run, monkeypatch, capsys):
+    printed = {}
+
+    def keep(names, individual, rows):
+        printed.update(names=names, individual=individual, rows=rows)
+
+    with tiny.world(run.cache), monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_ARTIFACT", SimpleNamespace(value=str(run.workdir)), raising=False)
+        patch.setattr(evaluate, "print_results", keep)
+        evaluate.main()
+
+    def comparable(rows):
+        return [
+            {key: value for key, value in row.items() if key != "peak_rss_bytes"}
+            for row in rows
+            if row["method"] == "retex" and row["variant"] == "exact r=8"
+        ]
+
+    assert printed["names"] == list(tiny.NAMES)
+    assert printed["individual"] == run.results["individual"]
+    assert len(printed["rows"]) == 3
+    assert comparable(printed["rows"]) == comparable(run.results["rows"])
+
+
+def test_release_needs_no_experts(run, monkeypatch, tmp_path):
+    """An artifact that was moved elsewhere is evaluated without the experts' folder."""
+    rows = []
+    with tiny.world(tmp_path / "another cache"), monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_ARTIFACT", SimpleNamespace(value=str(run.workdir)), raising=False)
+        patch.setattr(evaluate, "print_results", lambda *given: rows.extend(given[-1]))
+        patch.setattr(experts.ExpertSet, "from_safetensors", None)
+        evaluate.main()
+    assert len(rows) == 3
+
+
+def test_tables_say_every_figure(run, capsys):
+    evaluate.print_results(tiny.NAMES, run.results["individual"], run.results["rows"])
+    printed = capsys.readouterr().out
+    for word in (
+        *tiny.NAMES,
+        "weight_average",
+        "ties density=0.2, merge=mean, scaling=1.0",
+        "retex exact r=8 (task unknown, own head)",
+        "retex exact r=8 (nothing known)",
+        "normalized accuracy",
+    ):
+        assert word in " ".join(printed.split()), word
+
+
+def test_result_row_by_hand():
+    row = evaluate.result_row(
+        "m",
+        "v",
+        {"a": 0.4, "b": 0.9},
+        {"a": 0.8, "b": 1.0},
+        task_known=True,
+        head_known=True,
+        needs="none",
+        bytes_per_task=25.0,
+        model_bytes=100,
+        seconds_fit=2.0,
+    )
+    assert row["normalized_accuracy"] == pytest.approx((0.5 + 0.9) / 2)
+    assert row["accuracy_ratio"] == pytest.approx(1.3 / 1.8)
+    assert row["adr"] == pytest.approx(1 - 1.3 / 1.8)
+    assert row["amr"] == 0.25
+    assert row["identification_accuracy"] is None
+
+
+def test_expert_that_gets_nothing_right_does_not_stop_the_evaluation(run):
+    """All the work is done by then; a figure that cannot be computed is no reason to lose it."""
+    rows, _ = evaluate.evaluate_release(
+        run.backbone.model,
+        run.released,
+        run.tasks,
+        {**run.results["individual"], "dots": 0.0},
+        variant="v",
+        batch_size=32,
+        seed=0,
+        seconds_fit=1.0,
+    )
+    assert rows[0]["normalized_accuracy"] is None or not np.isfinite(
+        rows[0]["normalized_accuracy"]
+    )
+
+
+def test_model_bytes_are_those_of_one_model(run):
+    row = evaluated(run, run.tasks)[0][0]
+    assert row["amr"] * tree.param_bytes(run.backbone.params) == pytest.approx(
+        row["bytes_per_task"]
+    )

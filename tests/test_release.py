@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from retex_jax import ExpertSet, artifact, evaluate, offsets, recovery, release, tree
+from retex_jax.identifier import subspace
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny.trained(tmp_path_factory)
+
+
+def leaves_of(released):
+    state, identifier = released.state, released.identifier
+    return {
+        **{f"merged/{name}": leaf for name, leaf in tree.flatten(state.merged).items()},
+        **{f"generator/{name}": leaf for name, leaf in state.generators.items()},
+        **{f"shared/{name}": leaf for name, leaf in state.shared_factors.items()},
+        **{f"head/{name}": leaf for name, leaf in tree.flatten(released.heads).items()},
+        "embeddings": state.task_embeddings,
+        "centers": identifier.signatures.centers,
+        "bases": identifier.signatures.bases,
+    }
+
+
+def small(key=0, **options):
+    """A release of a model of two leaves, fitted for real."""
+    rng = np.random.default_rng(key)
+    shapes = {"a": {"kernel": (6, 5), "bias": (5,)}, "b": {"kernel": (5, 4)}}
+
+    def draw():
+        return jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype("f4"),
+            shapes,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+
+    experts = ExpertSet.from_trees(draw(), [draw() for _ in range(3)], names=["z", "a", "m"])
+    state = offsets.fit(experts, rank=2, **options)
+    signatures = subspace.fit([rng.normal(size=(9, 5)) for _ in range(3)], 2, normalize=True)
+    heads = {
+        name: {"kernel": rng.normal(size=(5, n)).astype("f4"), "bias": np.zeros(n, "f4")}
+        for n, name in enumerate(experts.names, start=2)
+    }
+    metadata = {"settings": {"seed": 1}, "individual": {"z": 0.5}, "commit": "abc"}
+    return release.Release(state, recovery.Identifier(signatures, 1), heads, metadata)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"solver": "adam", "d_emb": 1, "steps": 2, "warmup_steps": 0, "chunk_steps": 2}
+        | {"checkpoint_every": 2},
+    ],
+    ids=["baked", "generator"],
+)
+def test_saved_release_is_loaded_bit_by_bit(tmp_path, options):
+    saved = small(**options)
+    assert saved.state.task_embeddings.shape == ((3, 2) if options else (3, 3))
+    size = release.save(tmp_path, saved)
+    assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    loaded = release.load(tmp_path)
+    before, after = leaves_of(saved), leaves_of(loaded)
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        assert after[name].dtype == leaf.dtype
+        assert after[name].shape == leaf.shape, name
+        np.testing.assert_array_equal(after[name], leaf)
+    assert list(loaded.heads) == ["z", "a", "m"]
+    assert loaded.identifier.layer == 1
+    assert loaded.identifier.signatures.normalize is True
+    assert loaded.state.layout == saved.state.layout
+    assert loaded.metadata["commit"] == "abc"
+    report, kept = saved.state.report, loaded.state.report
+    assert kept.residual == report.residual
+    assert kept.ratio == report.ratio
+    assert (kept.residuals, kept.optima) == (report.residuals, report.optima)
+    for task in range(3):
+        want, found = (offsets.recover(one.state, task) for one in (saved, loaded))
+        jax.tree.map(np.testing.assert_array_equal, want, found)
+    features = np.random.default_rng(5).normal(size=(4, 5)).astype("f4")
+    np.testing.assert_array_equal(
+        subspace.scores(saved.identifier.signatures, features),
+        subspace.scores(loaded.identifier.signatures, features),
+    )
+
+
+def test_signature_options_are_kept(tmp_path):
+    saved = small()
+    signatures = dataclasses.replace(saved.identifier.signatures, normalize=False)
+    identifier = recovery.Identifier(signatures, 0)
+    release.save(tmp_path, dataclasses.replace(saved, identifier=identifier))
+    loaded = release.load(tmp_path).identifier
+    assert (loaded.layer, loaded.signatures.normalize) == (0, False)
+
+
+def test_unknown_optimum_is_kept_unknown(tmp_path):
+    saved = small()
+    optima = {**saved.state.report.optima, "b/kernel": float("nan")}
+    report = dataclasses.replace(saved.state.report, optima=optima)
+    state = dataclasses.replace(saved.state, report=report)
+    release.save(tmp_path, dataclasses.replace(saved, state=state))
+    json.loads((tmp_path / "manifest.json").read_text(), parse_constant=pytest.fail)
+    loaded = release.load(tmp_path).state.report
+    assert np.isnan(loaded.optima["b/kernel"])
+    assert np.isnan(loaded.ratio)
+    assert loaded.optima["a/kernel"] == optima["a/kernel"]
+
+
+def test_artifact_that_is_no_release_is_refused(tmp_path):
+    artifact.save(tmp_path, {"x": np.zeros(2)}, {"tasks": [], "layout": "flax"})
+    with pytest.raises(ValueError, match=r"lacks \['identifier', 'report'\]: not a release"):
+        release.load(tmp_path)
+
+
+def test_release_with_a_missing_part_is_refused(tmp_path):
+    release.save(tmp_path, small())
+    tensors, metadata = artifact.load(tmp_path)
+    kept = {name: x for name, x in tensors.items() if not name.startswith("shared_factors/")}
+    artifact.save(tmp_path, kept, metadata)
+    with pytest.raises(ValueError, match="shared_factors"):
+        release.load(tmp_path)
+
+
+def test_missing_release(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json and artifact\.safetensors"):
+        release.load(tmp_path)
+
+
+def test_changed_tensor_is_named(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.workdir, folder)
+    path = folder / "artifact.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tensor 'task_embeddings'|tensor 'shared_factors"):
+        release.load(folder)
+
+
+def test_loaded_run_predicts_bit_by_bit_what_was_evaluated(run):
+    """The rows in results.json are of the release in memory; the file gives the same."""
+    rows, confusion = evaluate.evaluate_release(
+        run.backbone.model,
+        run.released,
+        run.tasks,
+        run.results["individual"],
+        variant=run.released.metadata["variant"],
+        batch_size=32,
+        seed=0,
+        seconds_fit=run.released.metadata["seconds_fit"],
+    )
+    for row, want in zip(rows, run.results["rows"][-3:], strict=True):
+        assert {**row, "peak_rss_bytes": 0} == {**want, "peak_rss_bytes": 0}
+    assert confusion.sum() == 240
+
+
+def test_metadata_says_what_it_is(run):
+    metadata = run.released.metadata
+    assert metadata["settings"] == run.settings
+    assert metadata["individual"] == run.results["individual"]
+    assert metadata["checkpoint_set"] == run.results["checkpoint_set"]
+    assert metadata["commit"] == run.results["commit"]
+    assert metadata["tasks"] == list(tiny.NAMES)
+
+
+def test_loaded_leaves_are_on_the_device(run):
+    assert all(isinstance(leaf, jnp.ndarray) for leaf in leaves_of(run.released).values())
