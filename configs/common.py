@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             },
             "tasks": (),
             # The most examples in each split.
-            "data": {"seed": 0, "max_train": 4000, "max_val": 256, "max_test": 512},
+            "data": {"seed": 0, "max_train": 3000, "max_val": 256, "max_test": 512},
             "experts": {
                 "root": "",  # where experts lie; "": in the cache folder, made when missing
                 "pretrained": "",  # Hugging Face repository below root, instead of fine-tuning

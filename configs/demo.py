@@ -1,4 +1,4 @@
-"""The demo: six image tasks on the first six blocks of DINOv2 ViT-S/14 at 56 pixels.
+"""The demo: five image tasks on the first six blocks of DINOv2 ViT-S/14 at 56 pixels.
 
     python -m retex_jax.train --config=configs/demo.py
 
@@ -15,6 +15,9 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     config.name = "demo"
     config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
-    config.tasks = ("optdigits", "mnist_5k", "animals", "indian_pines", "cyrillic", "greek")
+    config.tasks = ("mnist_5k", "animals", "indian_pines", "cyrillic", "greek")
+    config.data.max_train = 2000
+    config.finetune.steps = 120
+    config.finetune.warmup_steps = 12
     config.identifier.layer = 5
     return config

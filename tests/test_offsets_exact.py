@@ -124,17 +124,18 @@ def test_torch_layout_gives_the_same_model():
 
 
 @pytest.mark.parametrize(
-    ("rank", "rank_rule", "narrow", "dense", "embedding"),
+    ("rank", "rank_rule", "narrow", "dense", "embedding", "odd"),
     [
-        (4, "paper", 1, 4, 4),
-        (6, "paper", 1, 6, 3),
-        (6, "clip", 1, 6, 6),
-        (10, "paper", 1, 5, 3),
-        (10, "clip", 1, 10, 6),
-        (1, "paper", 1, 1, 1),
+        (4, "paper", 1, 4, 4, 4),
+        (5, "paper", 1, 5, 5, 2),
+        (6, "paper", 1, 6, 3, 2),
+        (6, "clip", 1, 6, 6, 5),
+        (10, "paper", 1, 5, 3, 2),
+        (10, "clip", 1, 10, 6, 5),
+        (1, "paper", 1, 1, 1, 1),
     ],
 )
-def test_rank_rules(rank, rank_rule, narrow, dense, embedding):
+def test_rank_rules(rank, rank_rule, narrow, dense, embedding, odd):
     expert_set = _expert_set(*references.flax_model(2))
     plans = state_module.plan_leaves(expert_set.leaves, "flax", rank, rank_rule)
     assert set(plans) == set(references.FLAX_MATRICES)
@@ -142,6 +143,7 @@ def test_rank_rules(rank, rank_rule, narrow, dense, embedding):
         ("narrow/kernel", (1, 7), narrow),
         ("dense/kernel", (10, 12), dense),
         ("token/embedding", (20, 6), embedding),
+        ("conv1d/kernel", (5, 12), odd),
     ]:
         assert plans[name].shape == shape
         assert plans[name].rank == want

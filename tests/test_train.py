@@ -6,12 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 
-from retex_jax import artifact, experiment, experts, finetune, logging, metrics, recovery, train
+from retex_jax import (
+    artifact,
+    command_line,
+    experiment,
+    experts,
+    finetune,
+    logging,
+    metrics,
+    recovery,
+    train,
+)
 
 ROW = {
     "method": str,
@@ -265,13 +277,13 @@ def test_workdir_of_another_version_names_missing_entries(run, tmp_path):
     settings["offsets"]["renamed"] = settings["offsets"].pop("rank")
     artifact.write_json(tmp_path / "config.json", settings)
     with pytest.raises(ValueError, match=r"offsets\.rank: None there, 8 here\n  offsets\.renamed"):
-        train.check_workdir(run.settings, tmp_path)
+        experiment.check_workdir(run.settings, tmp_path)
 
 
 def test_damaged_workdir_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text('{"na')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        train.check_workdir(run.settings, tmp_path)
+        experiment.check_workdir(run.settings, tmp_path)
 
 
 def test_workdir_in_use_is_refused(run, tmp_path):
@@ -303,7 +315,7 @@ def test_run_whose_data_cannot_be_read_leaves_the_workdir_free(run, tmp_path, mo
             train.train(run.config, tmp_path / "workdir")
     config = tiny.get_config()
     config.tasks = ("dots",)
-    train.check_workdir(train.command_line.as_dict(config), tmp_path / "workdir")
+    experiment.check_workdir(command_line.as_dict(config), tmp_path / "workdir")
 
 
 def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):
@@ -315,6 +327,30 @@ def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):
     config.finetune.steps = 5
     with tiny.world(run.cache), pytest.raises(ValueError, match="experts"):
         train.train(config, tmp_path / "workdir")
+
+
+def test_unfinished_experts_of_other_settings_are_not_continued(run, tmp_path, monkeypatch):
+    """In a root of one's own: what was begun on other data must not be finished on these."""
+    root, real, calls = tmp_path / "experts", finetune.train_step, []
+
+    def stop(*given):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    config = tiny.get_config()
+    config.experts.root = str(root)
+    with tiny.world(run.cache):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(finetune, "train_step", stop)
+            train.train(config, tmp_path / "first")
+        assert (root / ".unfinished/dots/8").is_dir()
+        config.data.seed = 1
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="experts"):
+            patch.setattr(finetune, "train_step", stop)
+            train.train(config, tmp_path / "second")
+    assert not list(root.glob("dots.*"))
 
 
 # Unusual experiments
@@ -372,14 +408,12 @@ def program(cache, root, workdir, kill=None):
         command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
-    return done
+    return done.stderr
 
 
 def tensors_of(folder):
     return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.suffix == ".safetensors"
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"
     }
 
 
@@ -388,38 +422,71 @@ def offset_rows(workdir):
     return [(row["step"], row["loss"]) for row in rows if row["phase"] == "offsets"]
 
 
-def test_killed_run_resumes_and_ends_bitwise_equal(tmp_path):
-    cache = tmp_path / "cache"
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    program(cache, whole / "experts", whole / "run")
-
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A whole run, and one that is killed while it fine-tunes and again while it fits the offsets."""
+    folder = tmp_path_factory.mktemp("killed")
+    cache, whole, broken = (folder / name for name in ("cache", "whole", "broken"))
+    seen = {}
     first = program(cache, broken / "experts", broken / "run", kill="rings:16")
-    assert (broken / "experts/.unfinished/rings/8").is_dir()
-    assert not (broken / "experts/rings.safetensors").exists()
-    dots = (broken / "experts/dots.safetensors").stat().st_mtime_ns
-    assert "resumed" not in first.stderr
-
+    seen["after first"] = {str(path.relative_to(broken)) for path in broken.rglob("*")}
     second = program(cache, broken / "experts", broken / "run", kill="unfinished:40")
-    assert "rings: resumed at step 8" in second.stderr
-    assert "dots: resumed" not in second.stderr
-    assert (broken / "experts/dots.safetensors").stat().st_mtime_ns == dots
-    assert tensors_of(whole / "experts").keys() == {
-        "dots.safetensors",
-        "rings.safetensors",
-        "pretrained.safetensors",
-    }
-    assert tensors_of(broken / "experts") == tensors_of(whole / "experts")
-    assert not (broken / "experts/.unfinished").exists()
-    assert not (broken / "run/artifact.safetensors").exists()
-    assert not (broken / "run/results.json").exists()
+    seen["after second"] = {str(path.relative_to(broken)) for path in broken.rglob("*")}
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(program, cache, whole / "experts", whole / "run")
+        third = program(cache, broken / "experts", broken / "run")
+        other.result()
+    return SimpleNamespace(seen=seen, whole=whole, broken=broken, stderr=[first, second, third])
 
-    third = program(cache, broken / "experts", broken / "run")
-    assert "resumed at step 20" in third.stderr
-    assert tensors_of(broken / "run") == tensors_of(whole / "run")
-    assert artifact.load(broken / "run").tensors.keys() == artifact.load(whole / "run").tensors.keys()
-    ours, theirs = (read(path / "run/results.json") for path in (broken, whole))
+
+def test_killed_finetuning_leaves_nothing_that_looks_finished(killed):
+    files = killed.seen["after first"]
+    assert "experts/.unfinished/rings/8" in files
+    assert {"experts/dots.json", "experts/dots.safetensors"} <= files
+    assert not {"experts/rings.json", "experts/rings.safetensors", "run/results.json"} & files
+    assert "resumed" not in killed.stderr[0]
+
+
+def test_killed_finetuning_resumes_to_the_same_bits(killed):
+    said = killed.stderr[1]
+    assert "rings: resumed at step 8" in said
+    assert "dots: resumed" not in said
+    ours, theirs = (tensors_of(folder / "experts") for folder in (killed.broken, killed.whole))
+    assert ours.keys() == {f"{x}.safetensors" for x in ("dots", "rings", "pretrained")}
+    assert ours == theirs
+    assert "experts/.unfinished" not in killed.seen["after second"]
+
+
+def test_killed_fit_leaves_nothing_that_looks_finished(killed):
+    files = killed.seen["after second"]
+    assert "run/unfinished/20" in files
+    assert "run/unfinished/40" not in files
+    names = {"results.json", "artifact.safetensors", "manifest.json", "report.html"}
+    assert not {f"run/{name}" for name in names} & files
+
+
+def test_killed_fit_says_that_it_resumes(killed):
+    assert "resumed at step 20" in killed.stderr[2]
+    assert "resumed at step 20" not in killed.stderr[1]
+
+
+def test_killed_fit_resumes_to_the_same_bits(killed):
+    ours, theirs = (tensors_of(folder / "run") for folder in (killed.broken, killed.whole))
+    assert ours.keys() == {"artifact.safetensors"}
+    assert ours == theirs
+    ours, theirs = (read(folder / "run/results.json") for folder in (killed.broken, killed.whole))
     assert [row["accuracy"] for row in ours["rows"]] == [row["accuracy"] for row in theirs["rows"]]
-    assert ours["offsets"]["residual"] == theirs["offsets"]["residual"]
-    assert offset_rows(broken / "run") == offset_rows(whole / "run")
-    assert [step for step, _ in offset_rows(whole / "run")] == [10, 20, 30, 40, 50, 60]
-    assert finetune.missing_experts(broken / "experts", ["dots", "rings"]) == []
+    for name in ("residual", "optimum", "ratio"):
+        assert ours["offsets"][name] == theirs["offsets"][name]
+    assert ours["offsets"]["ratio"] > 1.001  # few steps: the fit is in the middle of its way
+
+
+def test_killed_fit_writes_each_row_of_metrics_once(killed):
+    whole = offset_rows(killed.whole / "run")
+    assert [step for step, _ in whole] == [10, 20, 30, 40, 50, 60]
+    assert offset_rows(killed.broken / "run") == whole
+
+
+def test_fit_that_was_killed_leaves_no_checkpoint_when_done(killed):
+    for folder in (killed.whole, killed.broken):
+        assert not (folder / "run/unfinished").exists()

@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the experiment files are no part of the package
 
 from configs import common  # noqa: E402
-
 from retex_jax import checkpoint, command_line, data, experiment, release  # noqa: E402
 
 NAMES = ("dots", "bars", "rings")
@@ -139,15 +138,26 @@ class Run(NamedTuple):
     released: release.Release
 
 
+def suite(run):
+    """What the run's methods were evaluated on, with the released heads."""
+    from retex_jax import evaluate  # here, because as a program this file runs it
+
+    heads = list(run.released.heads.values())
+    return evaluate.Suite(run.backbone.model, run.tasks, heads, run.results["individual"], 32, 0)
+
+
 _RUNS = []
 
 
 def trained(tmp_path_factory):
     """The run that all tests share: trained when first asked for, and left as it is."""
-    from retex_jax import train  # here, because as a program this file runs it
+    from retex_jax import train  # here, as above: as a program this file runs it
 
     if not _RUNS:
-        cache, workdir = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run") / "workdir"
+        cache, workdir = (
+            tmp_path_factory.mktemp("cache"),
+            tmp_path_factory.mktemp("run") / "workdir",
+        )
         config = get_config()
         settings = command_line.as_dict(config)
         with world(cache):
