@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +62,13 @@ class TreeSource:
         """
         self._flat = tree.flatten(params)
         for name, leaf in self._flat.items():
-            if isinstance(leaf, int | float):
-                dtype = np.float32 if isinstance(leaf, float) else np.int32
+            if type(leaf) in (bool, int, float):
+                dtype = {bool: np.bool_, int: np.int32, float: np.float32}[type(leaf)]
                 self._flat[name] = np.asarray(leaf, dtype)
             elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
                 raise ValueError(f"{name}: got a {type(leaf).__name__}, expected an array")
+            elif not (leaf.dtype == np.bool_ or _is_real(leaf.dtype)):
+                raise ValueError(f"{name}: got dtype {leaf.dtype}, expected real numbers")
         self.leaves = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self._flat.items()
         }
@@ -224,9 +226,12 @@ class ExpertSet:
             raise ValueError("experts: got T = 0, expected at least one expert")
         if isinstance(names, str) or len(names) != len(experts) or len(set(names)) != len(names):
             raise ValueError(f"names: got {names!r}, expected {len(experts)} unique names")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude: got {exclude!r}, expected a sequence of patterns")
         leaves = _kept(pretrained, exclude)
-        if not leaves:
+        if not any(tree.is_float(spec.dtype) for spec in leaves.values()):
             raise ValueError("pretrained: no leaf is left to merge")
+        tree.unflatten(leaves)
         for name, spec in leaves.items():
             tree.matrix_view(name, spec.shape, layout)
         problems = []
@@ -285,6 +290,10 @@ def task_vectors(experts: ExpertSet) -> Params:
       Nested dict of [T, *shape], float32.
     """
     return tree.unflatten({name: experts.task_vectors(name) for name in experts.float_leaves})
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) or tree.is_float(dtype)
 
 
 def _kept(source: Source, exclude: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:

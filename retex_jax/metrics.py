@@ -22,6 +22,7 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes that occur in `labels` of the accuracy within the class."""
+    accuracy(predictions, labels)  # checks the shapes
     return float(
         np.mean(
             [accuracy(predictions[labels == c], labels[labels == c]) for c in np.unique(labels)]
@@ -31,6 +32,11 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts [num_classes, num_classes], int64: row = true class, column = predicted class."""
+    for name, values in (("labels", labels), ("predictions", predictions)):
+        if np.size(values) and not 0 <= np.min(values) <= np.max(values) < num_classes:
+            raise ValueError(
+                f"{name}: got {np.min(values)} to {np.max(values)}, expected 0 to {num_classes} - 1"
+            )
     flat = np.asarray(labels) * num_classes + np.asarray(predictions)
     return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -72,6 +78,8 @@ def amr(bytes_per_task: float, model_bytes: float) -> float:
 def _check_tasks(merged: Mapping[str, float], individual: Mapping[str, float]) -> None:
     if set(merged) != set(individual):
         raise ValueError(f"merged: got tasks {sorted(merged)}, expected {sorted(individual)}")
+    if not individual:
+        raise ValueError("individual: got no task")
     zero = [task for task, value in individual.items() if value <= 0]
     if zero:
         raise ValueError(f"individual: accuracy is 0 for {zero}, expected > 0")

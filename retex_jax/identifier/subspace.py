@@ -16,6 +16,9 @@ import numpy as np
 
 from retex_jax.typing import Array
 
+# Up to this fraction of the largest singular value a direction is rounding of float32 features.
+_NO_ENERGY = 1e-6
+
 NEEDS = "unlabelled calibration inputs of each task"
 
 
@@ -70,6 +73,7 @@ def fit(
         mean = task.mean(axis=0) if center else np.zeros(task.shape[1])
         _, singular_values, vectors = np.linalg.svd(task - mean, full_matrices=False)
         basis = vectors[:rank].copy()
+        basis[singular_values[:rank] <= _NO_ENERGY * singular_values[0]] = 0
         if energy is not None:
             held = np.cumsum(singular_values**2) / max(np.sum(singular_values**2), 1e-300)
             basis[np.searchsorted(held, energy) + 1 :] = 0
@@ -120,7 +124,8 @@ def _check(features: list[np.ndarray], rank: int, center: bool, energy: float | 
         if not np.isfinite(array).all():
             problems.append(f"features_per_task[{task}]: has values that are NaN or Inf")
         largest = min(array.shape[0] - int(center), array.shape[1] - 1)
-        if not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
+        is_integer = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+        if not is_integer or not 1 <= rank <= largest:
             problems.append(
                 f"rank: got {rank!r}, expected 1 to {largest} for task {task}, "
                 f"which has {array.shape[0]} inputs of {array.shape[1]} features"

@@ -23,9 +23,9 @@ def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> 
     merged = {}
     for name, spec in experts.leaves.items():
         if tree.is_float(spec.dtype):
-            merged[name] = merge_leaf(name).astype(spec.dtype)
+            merged[name] = merge_leaf(name).astype(jax.dtypes.canonicalize_dtype(spec.dtype))
         else:
-            merged[name] = jnp.asarray(experts.pretrained(name))
+            merged[name] = experts.pretrained(name)
     return tree.unflatten(merged)
 
 

@@ -9,11 +9,12 @@ solver it holds the offsets of all experts in memory. Leaves of one shape are on
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from retex_jax import tree
@@ -95,7 +96,7 @@ def fit(
     """
     d_emb = experts.num_tasks if d_emb is None else d_emb
     _check_settings(d_emb, learning_rate, steps, warmup_steps, tasks_per_step)
-    if chunk_steps < 1 or checkpoint_every % chunk_steps:
+    if chunk_steps < 1 or checkpoint_every < 1 or checkpoint_every % chunk_steps:
         raise ValueError(
             f"checkpoint_every: got {checkpoint_every}, expected a multiple of "
             f"chunk_steps = {chunk_steps} >= 1"
@@ -111,9 +112,7 @@ def fit(
         for index, group in enumerate(groups)
     }
     init_key, sample_key = jax.random.split(key)
-    optimizer = optax.adam(
-        optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps, 0.0)
-    )
+    optimizer = _optimizer(learning_rate, warmup_steps, steps)
     params = init_params(init_key, targets, ranks, d_emb)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     done = 0
@@ -124,16 +123,33 @@ def fit(
         length = min(chunk_steps, steps - done)
         state, losses = run(length, state, targets, sample_key)
         done += length
+        losses = np.asarray(losses)
         loss = float(losses[-1])
-        if not jnp.isfinite(loss):
+        if not np.isfinite(losses).all():
+            first = int(np.argmin(np.isfinite(losses)))
             raise FloatingPointError(
-                f"the Adam fit's loss is {loss} at step {done}; learning_rate = {learning_rate}"
+                f"the Adam fit's loss is {losses[first]} at step {done - length + first + 1}; "
+                f"learning_rate = {learning_rate}"
             )
         if progress:
             progress(done, steps, loss)
         if checkpoints is not None and (done % checkpoint_every == 0 or done == steps):
             checkpoints.save(done, state)
-    return _to_state(experts, merged, groups, targets, ranks, state.params)
+    result = _to_state(experts, merged, groups, targets, ranks, state.params)
+    if not np.isfinite(result.report.residual):
+        raise FloatingPointError(
+            f"the Adam fit's residual is {result.report.residual} after step {steps}; "
+            f"learning_rate = {learning_rate}"
+        )
+    return result
+
+
+@lru_cache(maxsize=16)
+def _optimizer(learning_rate: float, warmup_steps: int, steps: int) -> optax.GradientTransformation:
+    # Cached: it is a static argument of the compiled loop, compared by identity.
+    return optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps, 0.0)
+    )
 
 
 def init_params(
@@ -181,11 +197,12 @@ def predict(params: dict[str, Any], index: int, embeddings: jax.Array) -> jax.Ar
       [G, t, a, b] or, below two axes, [G, t, *shape].
     """
     group = params["groups"][index]
-    factor = jnp.einsum("td,gd...->gt...", embeddings, group["weight"]) + group["bias"][:, None]
+    factor = jnp.einsum("td,gd...->gt...", embeddings, group["weight"], precision="highest")
+    factor = factor + group["bias"][:, None]
     shared = group["shared"]
     if shared.ndim == 1:
         return factor * shared.reshape(-1, *[1] * (factor.ndim - 1))
-    return jnp.einsum("gtar,grb->gtab", factor, shared)
+    return jnp.einsum("gtar,grb->gtab", factor, shared, precision="highest")
 
 
 def loss_fn(params: dict[str, Any], targets: dict[int, jax.Array], tasks: jax.Array) -> jax.Array:
@@ -292,8 +309,8 @@ def _check_settings(
         problems.append(f"learning_rate: got {learning_rate}, expected a positive number")
     if steps < 1:
         problems.append(f"steps: got {steps}, expected 1 or more")
-    if not 0 <= warmup_steps <= steps:
-        problems.append(f"warmup_steps: got {warmup_steps}, expected 0 to steps = {steps}")
+    if not 0 <= warmup_steps < steps:
+        problems.append(f"warmup_steps: got {warmup_steps}, expected 0 to steps - 1 = {steps - 1}")
     if tasks_per_step not in ("all", "one"):
         problems.append(f"tasks_per_step: got {tasks_per_step!r}, expected 'all' or 'one'")
     if problems:

@@ -1,9 +1,11 @@
 """Fits ReTeX's offsets (arXiv:2606.26902, section 4.1): merge, plan the ranks, solve."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
@@ -47,12 +49,21 @@ def fit(
     """
     if solver not in ("exact", "adam"):
         raise ValueError(f"solver: got {solver!r}, expected 'exact' or 'adam'")
+    _check_options(solver_options, exact.fit if solver == "exact" else adam.fit)
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule)
     merged = _merge(experts, key, base, base_options or {})
     if solver == "exact":
         return exact.fit(experts, merged, plans, **solver_options)
     return adam.fit(experts, merged, plans, key=key, **solver_options)
+
+
+def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    known = set(inspect.signature(function).parameters) - {"experts", "merged", "plans", "key"}
+    for name in options:
+        if name not in known:
+            suggestion = tree.did_you_mean(name, known)
+            raise ValueError(f"{name}: no such option, expected {sorted(known)}{suggestion}")
 
 
 def _merge(
@@ -73,4 +84,7 @@ def _merge(
     )
     if wrong:
         raise ValueError(f"base: leaves {wrong} do not fit the experts")
+    for name, leaf in tree.flatten(base).items():
+        if tree.is_float(leaf.dtype) and not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(f"base: {name} has values that are NaN or Inf")
     return base

@@ -7,13 +7,15 @@ one-hot, so that W is the stack of task factors (the baked form, K = T); the pap
 K = d_emb + 1, its last embedding entry being the constant 1 that carries the bias.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from retex_jax import tree
 from retex_jax.typing import FlatParams, Layout, Params
@@ -21,7 +23,7 @@ from retex_jax.typing import FlatParams, Layout, Params
 RankRule = Literal["paper", "clip"]
 
 # Below this fraction of the offsets' energy a residual is float32 rounding of the stored factors.
-_ROUNDING = 1e-12
+_ROUNDING = 3e-11
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,8 @@ class FitReport:
     @property
     def ratio(self) -> float:
         """Residual / optimum, >= 1 up to rounding; 1 where both are float32 rounding."""
+        if math.isnan(self.optimum):
+            return self.optimum
         if max(self.residual, self.optimum) <= _ROUNDING * self.energy:
             return 1.0
         return self.residual / self.optimum if self.optimum > 0 else float("inf")
@@ -174,6 +178,14 @@ def offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
 
 
 @jax.jit
+def _add_offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
+    flat = tree.flatten(state.merged)
+    return {
+        name: (flat[name].astype(jnp.float32) + offset).astype(flat[name].dtype)
+        for name, offset in offsets(state, embedding).items()
+    }
+
+
 def apply_embedding(state: OffsetState, embedding: jax.Array) -> Params:
     """theta_merge plus the offset of an embedding (Eq. 4).
 
@@ -185,9 +197,10 @@ def apply_embedding(state: OffsetState, embedding: jax.Array) -> Params:
       Nested dict like `state.merged`; sums are float32, then cast to each leaf's dtype.
     """
     flat = tree.flatten(state.merged)
-    for name, offset in offsets(state, embedding).items():
-        flat[name] = (flat[name].astype(jnp.float32) + offset).astype(flat[name].dtype)
-    return tree.unflatten(flat)
+    floats = tree.unflatten({name: flat[name] for name in state.generators})
+    state = replace(state, merged=floats, report=FitReport({}, {}, {}, {}))
+    # Buffers stay outside the jit, which would narrow 64-bit integers.
+    return tree.unflatten(flat | _add_offsets(state, embedding))
 
 
 def recover(state: OffsetState, task: int | jax.Array) -> Params:
@@ -203,7 +216,7 @@ def recover(state: OffsetState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is a Python or NumPy integer out of range.
     """
-    if isinstance(task, int | np.integer) and not 0 <= task < state.num_tasks:
+    if not isinstance(task, Tracer) and not 0 <= task < state.num_tasks:
         raise ValueError(f"task: got {task}, expected 0 to {state.num_tasks - 1}")
     return apply_embedding(state, state.task_embeddings[task])
 
@@ -218,6 +231,7 @@ def mix(state: OffsetState, weights: jax.Array) -> Params:
     Returns:
       Nested dict like `state.merged`.
     """
-    return apply_embedding(
-        state, jnp.matmul(jnp.asarray(weights), state.task_embeddings, precision="highest")
-    )
+    weights = jnp.asarray(weights)
+    if weights.shape != (state.num_tasks,):
+        raise ValueError(f"weights: got shape {weights.shape}, expected ({state.num_tasks},)")
+    return apply_embedding(state, jnp.matmul(weights, state.task_embeddings, precision="highest"))
