@@ -16,19 +16,19 @@ def get_config() -> ConfigDict:
             },
             "tasks": (),
             # The most examples in each split.
-            "data": {"seed": 0, "max_train": 3000, "max_val": 256, "max_test": 512},
+            "data": {"seed": 0, "max_train": 2000, "max_val": 256, "max_test": 512},
             "experts": {
                 "root": "",  # where experts lie; "": in the cache folder, made when missing
                 "pretrained": "",  # Hugging Face repository below root, instead of fine-tuning
                 "repositories": (),  # one a task
             },
             "finetune": {
-                "steps": 150,
+                "steps": 100,
                 "batch_size": 32,
-                "learning_rate": 1e-4,
-                "head_learning_rate": 3e-3,
+                "learning_rate": 3e-5,
+                "head_learning_rate": 1e-4,
                 "weight_decay": 0.05,
-                "warmup_steps": 15,
+                "warmup_steps": 10,
                 "checkpoint_every": 100,
             },
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.

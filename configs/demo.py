@@ -16,8 +16,5 @@ def get_config() -> ConfigDict:
     config.name = "demo"
     config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
     config.tasks = ("mnist_5k", "animals", "indian_pines", "cyrillic", "greek")
-    config.data.max_train = 2000
-    config.finetune.steps = 120
-    config.finetune.warmup_steps = 12
     config.identifier.layer = 5
     return config

@@ -1,4 +1,4 @@
-"""Eight image tasks on the whole DINOv2 ViT-S/14 at 84 pixels.
+"""Eight image tasks on the whole DINOv2 ViT-S/14 at 70 pixels.
 
     python -m retex_jax.train --config=configs/dinov2_vision8.py
 
@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = common.get_config()
     config.name = "dinov2_vision8"
-    config.model.options = {"image_size": 84, "pool": "mean"}
+    config.model.options = {"image_size": 70, "pool": "mean"}
     config.tasks = (
         "optdigits",
         "mnist_5k",
@@ -26,9 +26,7 @@ def get_config() -> ConfigDict:
         "cyrillic",
         "greek",
     )
-    config.finetune.steps = 160
-    config.finetune.warmup_steps = 16
-    config.data.max_train = 3000
+    config.finetune.steps = 80
     config.offsets.extra_ranks = (4, 16)
     config.identifier.layer = 10
     return config

@@ -10,7 +10,6 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-
 flags.disclaim_key_flags()  # so that --help of a program shows the flags that are defined here
 
 

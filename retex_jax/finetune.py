@@ -2,10 +2,11 @@
 
     python -m retex_jax.finetune --config=configs/demo.py
 
-AdamW with linear warm-up and cosine decay; a linear head a task, which is never merged. Each expert is written
-as TASK.safetensors (backbone leaves and head/kernel, head/bias) with a TASK.json beside it; the floor of a linear
-probe on the frozen pretrained features is measured on the way. Experts that exist are kept; an interrupted one
-goes on from its last checkpoint and ends bitwise equal to an uninterrupted run.
+A linear head a task, which is never merged, is first fitted to the frozen pretrained features (the linear probe, whose
+accuracy is the floor that the expert must beat); then head and backbone are trained together (arXiv:2202.10054) by AdamW
+with linear warm-up and cosine decay. Each expert is written as TASK.safetensors (backbone leaves and head/kernel,
+head/bias) with a TASK.json beside it. Experts that exist are kept; an interrupted one goes on from its last checkpoint
+and ends bitwise equal to an uninterrupted run.
 """
 
 import json
@@ -135,7 +136,7 @@ def finetune(
       steps: of AdamW.
       batch_size: B.
       learning_rate: peak, of the backbone.
-      head_learning_rate: peak, of the head, which starts at zero.
+      head_learning_rate: peak, of the head.
       weight_decay: decoupled.
       warmup_steps: part of `steps`.
       checkpoint_every: steps between two checkpoints.
@@ -156,10 +157,8 @@ def finetune(
         "warmup_steps": warmup_steps,
         "steps": steps,
     }
-    head = {
-        "kernel": jnp.zeros((model.config.feature_dim, task.num_classes)),
-        "bias": jnp.zeros(task.num_classes),
-    }
+    with logging.progress(1, f"linear probe {task.name}"):
+        head, probe_accuracy = linear_probe(backbone, task, batch_size)
     # Copied: the step donates its state, and the pretrained model is needed again.
     params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
     state = TrainState(params, make_optimizer(**settings).init(params))
@@ -192,7 +191,7 @@ def finetune(
         "pretrained": backbone.source,
         "examples": {name: len(split["label"]) for name, split in task.splits.items()},
         "accuracy": _accuracies(model, params, task, batch_size),
-        "linear_probe": linear_probe(backbone, task, batch_size),
+        "linear_probe": probe_accuracy,
         "seconds": time.perf_counter() - started,
     }
     tensors = {**tree.flatten(params["backbone"]), **tree.flatten({"head": params["head"]})}
@@ -202,20 +201,20 @@ def finetune(
     return record
 
 
-def linear_probe(backbone: Backbone, task: data.Task, batch_size: int) -> dict[str, float]:
-    """Accuracy on "val" and "test" of logistic regression on the frozen pretrained features."""
+def linear_probe(
+    backbone: Backbone, task: data.Task, batch_size: int
+) -> tuple[recovery.Head, dict[str, float]]:
+    """Logistic regression on the frozen pretrained features, and its accuracy on "val" and "test"."""
     features = {
         name: recovery.run(backbone.model, backbone.params, split, batch_size)
         for name, split in task.splits.items()
     }
     labels = {name: split["label"] for name, split in task.splits.items()}
-    classifier = probe.fit(
+    head = probe.fit(
         features["train"], labels["train"], features["val"], labels["val"], task.num_classes
-    )
-    return {
-        name: metrics.accuracy(
-            recovery.logits(classifier._asdict(), features[name]).argmax(axis=1), labels[name]
-        )
+    )._asdict()
+    return head, {
+        name: metrics.accuracy(recovery.logits(head, features[name]).argmax(axis=1), labels[name])
         for name in ("val", "test")
     }
 
