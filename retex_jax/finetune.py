@@ -3,8 +3,8 @@
     python -m retex_jax.finetune --config=configs/demo.py
 
 A linear head a task, which is never merged, is first fitted to the frozen pretrained features (the linear probe, whose
-accuracy is the floor that the expert must beat); then head and backbone are trained together (arXiv:2202.10054) by AdamW
-with linear warm-up and cosine decay. Each expert is written as TASK.safetensors (backbone leaves and head/kernel,
+accuracy is the floor that the expert must beat); then head and backbone are trained together (arXiv:2202.10054) by
+AdamW with linear warm-up and cosine decay. Each expert is written as TASK.safetensors (backbone leaves and head/kernel,
 head/bias) with a TASK.json beside it. Experts that exist are kept; an interrupted one goes on from its last checkpoint
 and ends bitwise equal to an uninterrupted run.
 """

@@ -371,6 +371,14 @@ def test_one_task(run, tmp_path):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
+def test_task_with_too_few_inputs_to_calibrate_on_is_named(run, tmp_path):
+    """136 training inputs a task: known once the data are read, long before they are needed."""
+    config = tiny.get_config()
+    config.identifier.num_calibration = 137
+    with tiny.world(run.cache), pytest.raises(ValueError, match=r"num_calibration.*137.*dots"):
+        train.train(config, tmp_path)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_unknown_optimum_can_be_written(run, tmp_path, value):
     """The range finder knows no optimum, and a ratio to an optimum of 0 is infinite."""

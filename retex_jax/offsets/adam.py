@@ -11,6 +11,7 @@ solver it holds the offsets of all experts in memory. Leaves of one shape are on
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def fit(
     }
     init_key, sample_key = jax.random.split(key)
     optimizer = _optimizer(learning_rate, warmup_steps, steps)
-    params = init_params(init_key, targets, ranks, d_emb)
+    params = init_params(init_key, groups, targets, ranks, d_emb)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     done = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
@@ -154,6 +155,7 @@ def _optimizer(learning_rate: float, warmup_steps: int, steps: int) -> optax.Gra
 
 def init_params(
     key: jax.Array,
+    names: list[list[str]],
     targets: dict[int, jax.Array],
     ranks: dict[int, int | None],
     d_emb: int,
@@ -161,7 +163,8 @@ def init_params(
     """Draws the initial parameters.
 
     Args:
-      key: typed PRNG key, folded by group.
+      key: typed PRNG key, folded by leaf name, so that a leaf's draw does not depend on the others.
+      names: of the G leaves of each group.
       targets: offsets by group of leaves, [G, T, a, b] or, below two axes, [G, T, *shape].
       ranks: by group; None below two axes.
       d_emb: size of the embeddings.
@@ -178,13 +181,15 @@ def init_params(
         rank = ranks[index]
         factor = (*shape,) if rank is None else (shape[0], rank)
         shared = (size,) if rank is None else (size, rank, shape[1])
-        weight_key, bias_key = jax.random.split(jax.random.fold_in(key, index))
+        hashes = np.array([crc32(name.encode()) for name in names[index]], np.uint32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+        # Weight and bias in one draw: PyTorch takes both from the same interval.
         bound = d_emb**-0.5
+        draw = partial(jax.random.uniform, shape=(d_emb + 1, *factor), minval=-bound, maxval=bound)
+        linear = jax.vmap(draw)(keys)
         groups[index] = {
-            "weight": jax.random.uniform(
-                weight_key, (size, d_emb, *factor), minval=-bound, maxval=bound
-            ),
-            "bias": jax.random.uniform(bias_key, (size, *factor), minval=-bound, maxval=bound),
+            "weight": linear[:, :-1],
+            "bias": linear[:, -1],
             "shared": jnp.zeros(shared),
         }
     return {"embeddings": jax.random.normal(embedding_key, (num_tasks, d_emb)), "groups": groups}

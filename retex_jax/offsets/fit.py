@@ -34,7 +34,8 @@ def fit(
       experts: the experts.
       key: typed PRNG key; needed by solver "adam" only, `jax.random.key(0)` when not given.
       rank: target rank r of the matrix leaves; the paper uses 256.
-      rank_rule: for leaves of min(a, b) <= rank: "paper" halves min(a, b), "clip" takes all of it.
+      rank_rule: for leaves of min(a, b) <= rank: "paper" halves min(a, b), "clip" takes all of it,
+        which recovers leaves of b <= a exactly.
       solver: "exact" (closed form) or "adam" (the paper's loop).
       base: name of a merger, or a merged model (nested dict like the pretrained one).
       base_options: keywords of that merger.

@@ -115,7 +115,8 @@ def plan_leaves(
       layout: which axis of a kernel is the output.
       rank: target rank r.
       rank_rule: what is done with a leaf of min(a, b) <= r. "paper" (appendix B.1): the rank becomes
-        floor(min(a, b) / 2), at least 1. "clip": it becomes min(a, b), so that recovery is exact.
+        floor(min(a, b) / 2), at least 1. "clip": it becomes min(a, b). Recovery is then
+        exact where b <= a; a leaf of a < b has a stack of rank up to min(T a, b), and keeps a residual.
 
     Returns:
       Leaf name to plan.
