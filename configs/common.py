@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
             "finetune": {
                 "steps": 100,
                 "batch_size": 32,
-                "learning_rate": 2e-5,
+                "learning_rate": 5e-5,
                 "head_learning_rate": 1e-3,
                 "weight_decay": 0.05,
-                "warmup_steps": 20,
+                "warmup_steps": 10,
                 "checkpoint_every": 100,
             },
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.

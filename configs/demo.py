@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     config.name = "demo"
     config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
-    config.tasks = ("mnist_5k", "animals", "indian_pines", "cyrillic", "greek")
+    config.tasks = ("optdigits", "mnist_5k", "animals", "cyrillic", "greek")
     config.identifier.layer = 5
     return config

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config.model.max_length = 64
     config.tasks = ("movie", "product", "editorial", "tweet", "sms", "trec", "bbc", "opinion")
     config.finetune.steps = 80
-    config.finetune.learning_rate = 5e-5
     config.offsets.extra_ranks = (2, 8, 16)
     config.identifier.layer = 3
     config.identifier.num_calibration = 256

@@ -3,7 +3,7 @@
     python -m retex_jax.train --config=configs/vit_b16.py --config.experts.root=DIR
 
 Hardware: one machine with 8 GiB of memory; no GPU is needed to merge and to fit the offsets. DIR holds one snapshot
-folder a repository (config.json, model.safetensors), as `huggingface-cli download REPOSITORY --local-dir
+folder a repository (config.json, model.safetensors), as `hf download REPOSITORY --local-dir
 DIR/REPOSITORY` leaves it. --dry_run names what is missing. These are not the paper's own checkpoints, so its figures
 are not expected figures: it reports 94.7 for the individual experts of its own set and 94.4 recovered at rank 256 with
 the task known (ReTeX, arXiv:2606.26902, Table 1).

@@ -136,6 +136,7 @@ def save_safetensors(
     arrays = _as_arrays(tensors)
     with _replacing(path) as beside:
         safetensors.numpy.save_file(arrays, beside, metadata=strings or None)
+        beside.chmod(0o666 & ~_umask())  # save_file leaves a file that only its owner can read
     return Path(path).stat().st_size
 
 
@@ -167,6 +168,12 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

@@ -45,7 +45,15 @@ def run(main: Callable[[], None], required: str) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+        except (
+            AttributeError,
+            ImportError,
+            KeyError,
+            OSError,
+            TypeError,
+            ValueError,
+            flags.Error,
+        ) as error:
             reason = str(error).replace("\\'", "").replace("\\n", ". ")
             _stop(f"command line {' '.join(argv[1:])}: {reason}")
         if rest[1:]:
@@ -61,7 +69,7 @@ def run(main: Callable[[], None], required: str) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
             _stop(str(error))
 
     app.run(call, flags_parser=parse)

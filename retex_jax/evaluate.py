@@ -21,6 +21,7 @@ from retex_jax import (
     logging,
     metrics,
     offsets,
+    preflight,
     recovery,
     release,
     tree,
@@ -176,7 +177,12 @@ def result_row(
     identification_accuracy: float | None = None,
     seconds_fit: float,
 ) -> dict[str, Any]:
-    """One row of results.json; `amr` is a fraction, and bytes are measured from what is stored."""
+    """One row of results.json.
+
+    `amr` is a fraction, and bytes are measured from what is stored. What is relative to the individual
+    accuracies is None where one of them is 0.
+    """
+    sound = min(individual.values()) > 0
     return {
         "method": method,
         "variant": variant,
@@ -184,9 +190,9 @@ def result_row(
         "head_known": head_known,
         "needs": needs,
         "accuracy": dict(accuracy),
-        "normalized_accuracy": metrics.normalized_accuracy(accuracy, individual),
-        "accuracy_ratio": metrics.accuracy_ratio(accuracy, individual),
-        "adr": metrics.adr(accuracy, individual),
+        "normalized_accuracy": metrics.normalized_accuracy(accuracy, individual) if sound else None,
+        "accuracy_ratio": metrics.accuracy_ratio(accuracy, individual) if sound else None,
+        "adr": metrics.adr(accuracy, individual) if sound else None,
         "amr": metrics.amr(bytes_per_task, model_bytes),
         "bytes_per_task": bytes_per_task,
         "identification_accuracy": identification_accuracy,
@@ -305,7 +311,7 @@ def main() -> None:
     released = release.load(_ARTIFACT.value)
     settings = released.metadata["settings"]
     experiment.start()
-    experiment.check(settings)
+    preflight.check(settings)
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
     suite = Suite(

@@ -30,6 +30,7 @@ from retex_jax import (
     experiment,
     logging,
     metrics,
+    preflight,
     probe,
     recovery,
     tree,
@@ -38,6 +39,7 @@ from retex_jax.pretrained import Backbone
 from retex_jax.typing import Batch, Params
 
 PRETRAINED = "pretrained"
+_SET = "experts.json"
 
 
 class TrainState(NamedTuple):
@@ -174,12 +176,12 @@ def finetune(
             batch = data.trim(data.take(train, indices))
             state, loss = train_step(model, tuple(settings.items()), state, batch)
             loss = float(loss)  # waits for the step, so that the progress shown is real
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"{task.name}: the loss is {loss} at step {step + 1}; "
+                    f"learning_rate = {learning_rate}"
+                )
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                if not np.isfinite(loss):
-                    raise FloatingPointError(
-                        f"{task.name}: the loss is {loss} at step {step + 1}; "
-                        f"learning_rate = {learning_rate}"
-                    )
                 checkpoints.save(step + 1, state)
             progress.update(step + 1, loss=loss)
     params = jax.device_get(state.params)
@@ -204,17 +206,22 @@ def finetune(
 def linear_probe(
     backbone: Backbone, task: data.Task, batch_size: int
 ) -> tuple[recovery.Head, dict[str, float]]:
-    """Logistic regression on the frozen pretrained features, and its accuracy on "val" and "test"."""
+    """Logistic regression on the frozen pretrained features.
+
+    Returns:
+      The head that fine-tuning starts from, which is the most regularised probe: one that fits the training
+      data perfectly would leave nothing to learn; and the accuracies on "val" and "test" of the probe that is
+      best on "val".
+    """
     features = {
         name: recovery.run(backbone.model, backbone.params, split, batch_size)
         for name, split in task.splits.items()
     }
     labels = {name: split["label"] for name, split in task.splits.items()}
-    head = probe.fit(
-        features["train"], labels["train"], features["val"], labels["val"], task.num_classes
-    )._asdict()
-    return head, {
-        name: metrics.accuracy(recovery.logits(head, features[name]).argmax(axis=1), labels[name])
+    probes = probe.fit_all(features["train"], labels["train"], task.num_classes)
+    best = probe.select(probes, features["val"], labels["val"])._asdict()
+    return probes[-1]._asdict(), {
+        name: metrics.accuracy(recovery.logits(best, features[name]).argmax(axis=1), labels[name])
         for name in ("val", "test")
     }
 
@@ -240,6 +247,8 @@ def build_experts(
     tasks: Sequence[data.Task],
     directory: Path,
     settings: Mapping[str, Any],
+    *,
+    checkpoint_set: str,
 ) -> dict[str, dict[str, Any]]:
     """Fine-tunes the experts that the directory lacks; writes the pretrained model beside them.
 
@@ -248,32 +257,57 @@ def build_experts(
       tasks: one expert each.
       directory: of the expert set; created if missing.
       settings: keywords of `finetune`.
+      checkpoint_set: identifies the experts; a directory holds one set.
 
     Returns:
       Task name to the record of its expert.
+
+    Raises:
+      ValueError: if the directory holds another checkpoint set.
+      RuntimeError: if another run is making experts in it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with logging.WorkdirLock(directory):
-        path = directory / f"{PRETRAINED}.safetensors"
-        if not path.is_file():
-            artifact.save_safetensors(path, tree.flatten(backbone.params))
-        missing = missing_experts(directory, [task.name for task in tasks])
-        for task in tasks:
-            if task.name in missing:
-                finetune(backbone, task, directory, **settings)
-        shutil.rmtree(directory / ".unfinished", ignore_errors=True)
-    return {task.name: json.loads((directory / f"{task.name}.json").read_text()) for task in tasks}
+    _check_set(directory, checkpoint_set)
+    names = [task.name for task in tasks]
+    if missing_experts(directory, names):
+        directory.mkdir(parents=True, exist_ok=True)
+        with logging.WorkdirLock(directory):
+            _check_set(directory, checkpoint_set)
+            artifact.write_json(directory / _SET, {"checkpoint_set": checkpoint_set})
+            path = directory / f"{PRETRAINED}.safetensors"
+            if not path.is_file():
+                artifact.save_safetensors(path, tree.flatten(backbone.params))
+            for task in tasks:
+                if missing_experts(directory, [task.name]):
+                    finetune(backbone, task, directory, **settings)
+    return {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
+
+
+def _check_set(directory: Path, checkpoint_set: str) -> None:
+    path = directory / _SET
+    if path.is_file() and (there := json.loads(path.read_text())) != {
+        "checkpoint_set": checkpoint_set
+    }:
+        raise ValueError(
+            f"experts.root: {directory} holds the experts of {there['checkpoint_set']}, "
+            f"expected {checkpoint_set}; choose another folder"
+        )
 
 
 def main() -> None:
     """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
     settings = command_line.as_dict(_CONFIG.value)
     experiment.start()
-    experiment.check(settings, evaluates=False)
+    preflight.check(settings, evaluates=False)
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
     directory = experiment.experts_directory(settings)
-    records = build_experts(backbone, tasks, directory, experiment.finetune_settings(settings))
+    records = build_experts(
+        backbone,
+        tasks,
+        directory,
+        experiment.finetune_settings(settings),
+        checkpoint_set=experiment.checkpoint_set(settings),
+    )
     logging.table(
         f"experts in {directory}",
         ["task", "classes", "test inputs", "expert", "linear probe", "seconds"],

@@ -113,7 +113,7 @@ def find_snapshots(root: str | os.PathLike[str], repositories: Sequence[str]) ->
         if folder is None:
             problems.append(
                 f"experts.root: no {candidates[0] / _WEIGHTS}; get it where there is a network: "
-                f"huggingface-cli download {repository} --local-dir {candidates[0]}"
+                f"hf download {repository} --local-dir {candidates[0]}"
             )
         else:
             found[repository] = folder

@@ -13,6 +13,8 @@ from retex_jax.identifier.subspace import Signatures
 from retex_jax.offsets import FitReport, OffsetState
 from retex_jax.recovery import Head, Identifier
 
+_PARTS = {"merged", "task_embeddings", "generators", "shared_factors", "identifier", "heads"}
+
 
 @dataclass(frozen=True)
 class Release:
@@ -52,7 +54,7 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
         "identifier": {"layer": release.identifier.layer, "normalize": signatures.normalize},
         "report": {
             "residuals": report.residuals,
-            "optima": {name: _finite(value) for name, value in report.optima.items()},
+            "optima": {name: finite(value) for name, value in report.optima.items()},
             "energies": report.energies,
         },
     }
@@ -70,6 +72,9 @@ def load(directory: str | os.PathLike[str]) -> Release:
     expected = {"layout", "tasks", "identifier", "report"}
     if missing := expected - set(metadata):
         raise ValueError(f"{directory}: the manifest lacks {sorted(missing)}: not a release")
+    folders = {name.split("/")[0] for name in tensors}
+    if missing := _PARTS - folders:
+        raise ValueError(f"{directory}: the tensors lack {sorted(missing)}: not a release")
     parts: Mapping[str, Any] = tree.unflatten({name: jnp.asarray(x) for name, x in tensors.items()})
     report = metadata["report"]
     optima = {name: np.nan if x is None else x for name, x in report["optima"].items()}
@@ -90,5 +95,6 @@ def load(directory: str | os.PathLike[str]) -> Release:
     return Release(state, Identifier(signatures, metadata["identifier"]["layer"]), heads, metadata)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number for JSON: None where it is NaN or infinite."""
     return float(value) if np.isfinite(value) else None

@@ -10,6 +10,7 @@ and exits with 1 if something is missing.
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from retex_jax import (
     finetune,
     logging,
     offsets,
+    preflight,
     recovery,
     release,
     report,
@@ -37,6 +39,8 @@ from retex_jax import (
 from retex_jax.experts import ExpertSet, read_safetensors
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
+
+_UNFINISHED = "unfinished"
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -57,20 +61,24 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     settings, workdir = command_line.as_dict(config), Path(workdir)
     clock, key = logging.Clock(), jax.random.key(settings["seed"])
     experiment.start()
-    experiment.check(settings)
-    experiment.check_workdir(settings, workdir)
+    preflight.check(settings)
+    preflight.check_workdir(settings, workdir)
     with logging.WorkdirLock(workdir):
-        artifact.write_json(workdir / "config.json", settings)
-        writer = logging.MetricWriter(workdir)
-
         with clock("load"):
             experiment.fetch(settings, announce=logging.info)
             backbone, tasks = experiment.load(settings)
+            preflight.check_tasks(settings, tasks)
+        artifact.write_json(workdir / "config.json", settings)
+        writer = logging.MetricWriter(workdir)
 
         with clock("fine-tune"):
             directory = experiment.experts_directory(settings)
             records = finetune.build_experts(
-                backbone, tasks, directory, experiment.finetune_settings(settings)
+                backbone,
+                tasks,
+                directory,
+                experiment.finetune_settings(settings),
+                checkpoint_set=experiment.checkpoint_set(settings),
             )
 
         with clock("read experts"):
@@ -131,12 +139,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             },
             "rows": rows + unknown_rows,
             "offsets": summary(settings, state.report, seconds),
-            "seconds": clock.seconds,
+            "seconds": dict(clock.seconds),
         }
         facts = {"settings": settings, "variant": variant, "seconds_fit": seconds, **run}
         with clock("write"):
             released = release.Release(state, identifier, heads, facts)
             write(settings, workdir, results, released, confusion)
+            shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+        writer.resume(0, phase="seconds")
         writer.write(0, clock.seconds, phase="seconds")
         writer.close()
     evaluate.print_results(names, suite.individual, results["rows"])
@@ -170,11 +180,15 @@ def fit_offsets(
     """Fits the offsets with progress; an unfinished Adam fit is kept in the workdir and resumed."""
     spec = settings["offsets"]
     solver, options = spec["solver"], dict(spec[spec["solver"]])
-    steps = options["steps"] if solver == "adam" else len(experts.leaves)
+    matrices = [name for name in experts.float_leaves if len(experts.leaves[name].shape) > 1]
+    steps = options["steps"] if solver == "adam" else len(matrices)
     with logging.progress(steps, f"fit offsets, {solver}, rank {spec['rank']}") as bar:
         if solver == "adam":
-            kept = checkpoint.Checkpointer(workdir / "unfinished")
-            writer.resume(kept.latest() or 0, phase="offsets")
+            kept = checkpoint.Checkpointer(workdir / _UNFINISHED)
+            latest = kept.latest()
+            writer.resume(0 if latest is None else latest + 1, phase="offsets")
+            if latest is not None:
+                logging.info(f"fit offsets: resumed at step {latest}")
 
             def show(done: int, _: int, loss: float) -> None:
                 bar.update(done, loss=loss)
@@ -227,10 +241,10 @@ def summary(
     return {
         "solver": settings["offsets"]["solver"],
         "rank": settings["offsets"]["rank"],
-        "residual": fit_report.residual,
-        "optimum": fit_report.optimum,
-        "ratio": fit_report.ratio,
-        "energy": fit_report.energy,
+        "residual": release.finite(fit_report.residual),
+        "optimum": release.finite(fit_report.optimum),
+        "ratio": release.finite(fit_report.ratio),
+        "energy": release.finite(fit_report.energy),
         "seconds": seconds,
     }
 
@@ -268,8 +282,8 @@ def tell(workdir: Path, results: Mapping[str, Any]) -> None:
     """Says what came out and where it lies."""
     fit = results["offsets"]
     logging.info(
-        f"offsets: residual {fit['residual']:.6g}, optimum {fit['optimum']:.6g}, "
-        f"ratio {fit['ratio']:.6f}, {fit['seconds']:.1f} s"
+        f"offsets: residual {fit['residual']}, optimum {fit['optimum']}, ratio {fit['ratio']}, "
+        f"{fit['seconds']:.1f} s"
     )
     for name, what in (
         ("report.html", "open this first"),
@@ -281,7 +295,7 @@ def tell(workdir: Path, results: Mapping[str, Any]) -> None:
 
 def dry_run(settings: experiment.Settings) -> None:
     """Checks an experiment without downloading or computing anything; exits with 1 if it cannot run."""
-    problems = experiment.missing(settings)
+    problems = preflight.missing(settings)
     for line in problems or ["everything that this experiment needs is here"]:
         print(line)
     sys.exit(1 if problems else 0)

@@ -269,8 +269,8 @@ def test_tables_say_every_figure(run, capsys):
         "ties",
         "retex exact r=2",
         "retex exact r=8",
-        "normalized",
-        "identified",
+        "norm. acc",
+        "ident.",
     ):
         assert word in " ".join(printed.split()), word
 

@@ -101,7 +101,7 @@ def test_records_tell_what_the_expert_reaches(run):
 def test_linear_probe_reads_the_pretrained_model(run):
     task = run.tasks[0]
     record = json.loads((run.experts / f"{task.name}.json").read_text())
-    assert finetune.linear_probe(run.backbone, task, 16) == record["linear_probe"]
+    assert finetune.linear_probe(run.backbone, task, 16)[1] == record["linear_probe"]
     assert record["linear_probe"]["test"] > 0.5
     blind = jax.tree.map(jnp.zeros_like, run.backbone.params)
     found = finetune.linear_probe(run.backbone._replace(params=blind), task, 16)
@@ -154,7 +154,9 @@ def test_only_missing_experts_are_made(run, tmp_path, monkeypatch):
         artifact.write_json(directory / f"{task.name}.json", {"task": task.name, "new": True})
 
     monkeypatch.setattr(finetune, "finetune", record)
-    records = finetune.build_experts(run.backbone, run.tasks, root, settings_of(run))
+    records = finetune.build_experts(
+        run.backbone, run.tasks, root, settings_of(run), checkpoint_set=run.experts.name
+    )
     assert made == ["bars"]
     assert list(records) == list(tiny.NAMES)
     assert records["bars"] == {"task": "bars", "new": True}
@@ -164,7 +166,9 @@ def test_only_missing_experts_are_made(run, tmp_path, monkeypatch):
 def test_finished_experts_can_be_read_while_another_run_holds_the_folder(run):
     """Two runs that share finished experts do not stop each other."""
     with logging.WorkdirLock(run.experts):
-        records = finetune.build_experts(run.backbone, run.tasks, run.experts, settings_of(run))
+        records = finetune.build_experts(
+            run.backbone, run.tasks, run.experts, settings_of(run), checkpoint_set=run.experts.name
+        )
     assert list(records) == list(tiny.NAMES)
 
 
@@ -173,10 +177,14 @@ def test_unfinished_experts_of_other_tasks_are_kept(run, tmp_path):
     root = tmp_path / "experts"
     shutil.copytree(run.experts, root)
     (root / ".unfinished/circles/8").mkdir(parents=True)
-    finetune.build_experts(run.backbone, run.tasks, root, settings_of(run))
+    finetune.build_experts(
+        run.backbone, run.tasks, root, settings_of(run), checkpoint_set=run.experts.name
+    )
     assert (root / ".unfinished/circles/8").is_dir()
 
 
 def test_experts_in_the_making_are_locked(run, tmp_path):
     with logging.WorkdirLock(tmp_path), pytest.raises(RuntimeError, match="in use by another run"):
-        finetune.build_experts(run.backbone, run.tasks, tmp_path, settings_of(run))
+        finetune.build_experts(
+            run.backbone, run.tasks, tmp_path, settings_of(run), checkpoint_set="any"
+        )

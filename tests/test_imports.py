@@ -40,11 +40,11 @@ RECOVERY = {"recovery", "release"}
 PROGRAMS = {
     "command_line",
     "compare",
-    "config",
     "evaluate",
     "experiment",
     "export",
     "finetune",
+    "preflight",
     "pretrained",
     "probe",
     "train",

@@ -21,6 +21,7 @@ from retex_jax import (
     finetune,
     logging,
     metrics,
+    preflight,
     recovery,
     train,
 )
@@ -277,13 +278,13 @@ def test_workdir_of_another_version_names_missing_entries(run, tmp_path):
     settings["offsets"]["renamed"] = settings["offsets"].pop("rank")
     artifact.write_json(tmp_path / "config.json", settings)
     with pytest.raises(ValueError, match=r"offsets\.rank: None there, 8 here\n  offsets\.renamed"):
-        experiment.check_workdir(run.settings, tmp_path)
+        preflight.check_workdir(run.settings, tmp_path)
 
 
 def test_damaged_workdir_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text('{"na')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        experiment.check_workdir(run.settings, tmp_path)
+        preflight.check_workdir(run.settings, tmp_path)
 
 
 def test_workdir_in_use_is_refused(run, tmp_path):
@@ -315,7 +316,7 @@ def test_run_whose_data_cannot_be_read_leaves_the_workdir_free(run, tmp_path, mo
             train.train(run.config, tmp_path / "workdir")
     config = tiny.get_config()
     config.tasks = ("dots",)
-    experiment.check_workdir(command_line.as_dict(config), tmp_path / "workdir")
+    preflight.check_workdir(command_line.as_dict(config), tmp_path / "workdir")
 
 
 def test_experts_of_other_settings_are_not_taken_for_these(run, tmp_path):

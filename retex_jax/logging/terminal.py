@@ -70,4 +70,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         grid.add_column(Text(column), justify="right" if numeric else "left")
     for row in rows:
         grid.add_row(*(Text(format_value(value)) for value in row))
-    stdout.print(grid, width=PIPED_WIDTH if piped else None)
+    console = Console(highlight=False, width=PIPED_WIDTH) if piped else stdout
+    console.print(grid)

@@ -96,12 +96,15 @@ def fit(
       FloatingPointError: if the loss is not finite, with the step.
     """
     d_emb = experts.num_tasks if d_emb is None else d_emb
-    _check_settings(d_emb, learning_rate, steps, warmup_steps, tasks_per_step)
-    if chunk_steps < 1 or checkpoint_every < 1 or checkpoint_every % chunk_steps:
-        raise ValueError(
-            f"checkpoint_every: got {checkpoint_every}, expected a multiple of "
-            f"chunk_steps = {chunk_steps} >= 1"
-        )
+    check_settings(
+        d_emb=d_emb,
+        learning_rate=learning_rate,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        tasks_per_step=tasks_per_step,
+        chunk_steps=chunk_steps,
+        checkpoint_every=checkpoint_every,
+    )
     base = tree.flatten(merged)
     groups = _group_leaves(experts, plans)
     targets = {
@@ -304,11 +307,23 @@ def _to_state(
     )
 
 
-def _check_settings(
-    d_emb: int, learning_rate: float, steps: int, warmup_steps: int, tasks_per_step: str
+def check_settings(
+    *,
+    d_emb: int | None = None,
+    learning_rate: float = 2e-4,
+    steps: int = 5000,
+    warmup_steps: int = 600,
+    tasks_per_step: str = "all",
+    chunk_steps: int = 100,
+    checkpoint_every: int = 500,
 ) -> None:
+    """Checks the settings of `fit` without its data.
+
+    Raises:
+      ValueError: listing every setting that is out of range.
+    """
     problems = []
-    if d_emb < 1:
+    if d_emb is not None and d_emb < 1:
         problems.append(f"d_emb: got {d_emb}, expected 1 or more")
     if not 0 < learning_rate < float("inf"):
         problems.append(f"learning_rate: got {learning_rate}, expected a positive number")
@@ -318,5 +333,10 @@ def _check_settings(
         problems.append(f"warmup_steps: got {warmup_steps}, expected 0 to steps - 1 = {steps - 1}")
     if tasks_per_step not in ("all", "one"):
         problems.append(f"tasks_per_step: got {tasks_per_step!r}, expected 'all' or 'one'")
+    if chunk_steps < 1 or checkpoint_every < 1 or checkpoint_every % chunk_steps:
+        problems.append(
+            f"checkpoint_every: got {checkpoint_every}, expected a multiple of "
+            f"chunk_steps = {chunk_steps} >= 1"
+        )
     if problems:
         raise ValueError("; ".join(problems))

@@ -1,0 +1,329 @@
+"""Looks for everything that would stop an experiment later, before any long work, and reports it at once."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retex_jax import data, experiment, models, offsets, plots, pretrained, tree
+from retex_jax.experiment import Settings
+from retex_jax.experts import ExpertSet
+from retex_jax.mergers import MERGERS
+from retex_jax.offsets import adam, exact
+from retex_jax.offsets.state import plan_leaves
+
+_GIVEN_BY_THE_PROGRAM = {"key", "checkpoints", "progress"}
+_REQUIRED = (
+    "name",
+    "seed",
+    "model.name",
+    "model.options",
+    "model.max_length",
+    "tasks",
+    "data.seed",
+    "data.max_train",
+    "data.max_val",
+    "data.max_test",
+    "experts.root",
+    "experts.pretrained",
+    "experts.repositories",
+    "finetune.steps",
+    "finetune.batch_size",
+    "finetune.learning_rate",
+    "finetune.head_learning_rate",
+    "finetune.weight_decay",
+    "finetune.warmup_steps",
+    "finetune.checkpoint_every",
+    "baselines",
+    "offsets.rank",
+    "offsets.extra_ranks",
+    "offsets.rank_rule",
+    "offsets.solver",
+    "offsets.base",
+    "offsets.base_options",
+    "offsets.exact",
+    "offsets.adam",
+    "identifier.rank",
+    "identifier.layer",
+    "identifier.center",
+    "identifier.normalize",
+    "identifier.num_calibration",
+    "evaluate.batch_size",
+)
+
+
+def check(settings: Settings, *, evaluates: bool = True) -> None:
+    """Looks for everything that would stop the experiment later.
+
+    Args:
+      settings: the experiment file as plain values.
+      evaluates: whether more than fine-tuning is to be done.
+
+    Raises:
+      ValueError: listing all problems.
+    """
+    entries = _entries(settings)
+    absent = [
+        path
+        for path in _REQUIRED
+        if not any(entry == path or entry.startswith(f"{path}.") for entry in entries)
+    ]
+    if absent:
+        raise ValueError(f"the experiment lacks {', '.join(absent)}; see configs/common.py")
+    problems = _data_problems(settings) + _range_problems(settings)
+    model = None
+    try:
+        model = pretrained.build_model(settings["model"]["name"], settings["model"]["options"])
+    except ValueError as error:
+        problems.append(str(error))
+    if model is not None:
+        problems += _model_problems(settings, model)
+        if evaluates:
+            problems += _method_problems(settings, model)
+    if evaluates:
+        try:
+            plots.check_available()
+        except ImportError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(
+            f"experiment {settings['name']!r} cannot run as it is:\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+        )
+
+
+def check_tasks(settings: Settings, tasks: Sequence[data.Task]) -> None:
+    """Makes sure that the loaded tasks have enough inputs for the identifier.
+
+    Raises:
+      ValueError: naming each task that has too few.
+    """
+    wanted = settings["identifier"]["num_calibration"]
+    problems = [
+        f"identifier.num_calibration: got {wanted}, expected at most {size}, "
+        f"the training inputs of {task.name}"
+        for task in tasks
+        if (size := len(task.splits["train"]["label"])) < wanted
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_workdir(settings: Settings, workdir: Path) -> None:
+    """Makes sure that a workdir in use holds this experiment.
+
+    Raises:
+      ValueError: if it holds another one; the entries that differ are named.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        return
+    try:
+        existing = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
+    if existing == settings:
+        return
+    ours, theirs = _entries(settings), _entries(existing)
+    differing = [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+    raise ValueError(
+        f"workdir {workdir} holds another experiment; choose another --workdir. They differ in:\n  "
+        + "\n  ".join(differing)
+    )
+
+
+def missing(settings: Settings) -> list[str]:
+    """What stands between here and a run: problems of the settings, and files not in the cache.
+
+    Nothing is downloaded or computed.
+
+    Returns:
+      One line each; files that the run itself would download are among them.
+    """
+    try:
+        check(settings)
+    except ValueError as error:
+        return str(error).splitlines()
+    lines = []
+    for name in experiment.wheels(settings):
+        try:
+            if data.cached(data.WHEELS[name]) is None:
+                requirement = data.WHEELS[name].requirement
+                lines.append(f"not in {data.cache_dir()} yet: {requirement} (the run downloads it)")
+        except ValueError as error:
+            lines.append(str(error))
+    return lines
+
+
+def _data_problems(settings: Settings) -> list[str]:
+    problems = []
+    names = settings["tasks"]
+    if not names or len(set(names)) != len(names):
+        problems.append(f"tasks: got {list(names)}, expected one or more different names")
+    if settings["model"]["name"] not in pretrained.SNAPSHOT_NAMES:
+        try:
+            data.check_names(names)
+        except ValueError as error:
+            problems.append(str(error))
+        return problems
+    if len(settings["experts"]["repositories"]) != len(names):
+        problems.append(
+            f"experts.repositories: got {len(settings['experts']['repositories'])}, "
+            f"expected one for each of the {len(names)} tasks"
+        )
+    spec = settings["experts"]
+    try:
+        pretrained.find_snapshots(spec["root"], [spec["pretrained"], *spec["repositories"]])
+    except ValueError as error:
+        problems.append(str(error))
+    readable = {*data.VISION_TASKS, *data.TEXT_TASKS}
+    if unread := [name for name in names if name not in readable]:
+        problems.append(f"tasks: no reader yet for the data sets {unread}")
+    problems.append(
+        "model.name: this program cannot evaluate snapshots of Hugging Face repositories yet; to merge "
+        "them and to fit offsets, which needs no data, see ExpertSet.from_safetensors in the README"
+    )
+    return problems
+
+
+def _range_problems(settings: Settings) -> list[str]:
+    least = {
+        "finetune.steps": 1,
+        "finetune.batch_size": 1,
+        "finetune.checkpoint_every": 1,
+        "evaluate.batch_size": 1,
+        "seed": 0,
+        "data.seed": 0,
+    }
+    entries = _entries(settings)
+    problems = [
+        f"{path}: got {entries[path]}, expected {minimum} or more"
+        for path, minimum in least.items()
+        if entries[path] < minimum
+    ]
+    for name in ("learning_rate", "head_learning_rate"):
+        value = settings["finetune"][name]
+        if not 0 < value < float("inf"):
+            problems.append(f"finetune.{name}: got {value}, expected a positive number")
+    spec = settings["finetune"]
+    if not 0 <= spec["warmup_steps"] <= max(spec["steps"] - 1, 0):
+        problems.append(
+            f"finetune.warmup_steps: got {spec['warmup_steps']}, "
+            f"expected 0 to {max(spec['steps'] - 1, 0)}"
+        )
+    for name in ("max_train", "max_val", "max_test"):
+        value = settings["data"][name]
+        if value is not None and value < 1:
+            problems.append(f"data.{name}={value}: expected None or 1 or more")
+    return problems
+
+
+def _model_problems(settings: Settings, model: Any) -> list[str]:
+    is_text = isinstance(model, models.Bert)
+    known = data.TEXT_TASKS if is_text else data.VISION_TASKS
+    other = data.VISION_TASKS if is_text else data.TEXT_TASKS
+    name = settings["model"]["name"]
+    problems = []
+    misplaced = [task for task in settings["tasks"] if task in other and task not in known]
+    if misplaced:
+        problems.append(f"tasks: {misplaced} do not suit model.name {name!r}")
+    if is_text and not pretrained.required_wheels(name):
+        problems.append(f"model.name: {name!r} has random weights and no tokenizer to train with")
+    return problems
+
+
+def _method_problems(settings: Settings, model: Any) -> list[str]:
+    problems = []
+    for name, options in settings["baselines"].items():
+        problems += _merger_problems("baselines", name, f"baselines.{name}", options)
+    spec = settings["offsets"]
+    problems += _merger_problems(
+        "offsets.base", spec["base"], "offsets.base_options", spec["base_options"]
+    )
+    leaves = tree.flatten(models.expected_params(model))
+    for rank in (spec["rank"], *spec["extra_ranks"]):
+        try:
+            plan_leaves(leaves, "flax", rank, spec["rank_rule"])
+        except ValueError as error:
+            problems.append(f"offsets.{error}")
+    if spec["solver"] not in ("exact", "adam"):
+        problems.append(f"offsets.solver: got {spec['solver']!r}, expected 'exact' or 'adam'")
+    problems += _unknown_options("offsets.exact", spec["exact"], exact.fit) or _failure(
+        "offsets.exact", lambda: offsets.fit(_toy_experts(), rank=1, **spec["exact"])
+    )
+    problems += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
+        "offsets.adam", lambda: adam.check_settings(**spec["adam"])
+    )
+    return problems + _identifier_problems(settings, model)
+
+
+def _identifier_problems(settings: Settings, model: Any) -> list[str]:
+    spec, config = settings["identifier"], model.config
+    problems = []
+    if not 0 <= spec["layer"] <= config.num_layers:
+        problems.append(
+            f"identifier.layer: got {spec['layer']}, expected 1 to {config.num_layers}, "
+            "or 0 for the pooled output"
+        )
+    if not 1 <= spec["rank"] < spec["num_calibration"]:
+        problems.append(
+            f"identifier.rank: got {spec['rank']}, expected 1 to num_calibration - 1 = "
+            f"{spec['num_calibration'] - 1}"
+        )
+    elif spec["rank"] >= config.width:
+        problems.append(
+            f"identifier.rank: got {spec['rank']}, expected less than the features' {config.width}"
+        )
+    return problems
+
+
+def _merger_problems(what: str, name: str, where: str, options: Mapping[str, Any]) -> list[str]:
+    if name not in MERGERS:
+        hint = tree.did_you_mean(name, MERGERS)
+        return [f"{what}: got {name!r}, expected one of {sorted(MERGERS)}{hint}"]
+    return _unknown_options(where, options, MERGERS[name]) or _failure(
+        where, lambda: MERGERS[name](_toy_experts(), **options)
+    )
+
+
+def _toy_experts() -> ExpertSet:
+    """The smallest experts, to try options on."""
+    pretrained_params = {"kernel": np.eye(2, dtype=np.float32)}
+    return ExpertSet.from_trees(pretrained_params, [{"kernel": np.ones((2, 2), np.float32)}])
+
+
+def _failure(where: str, attempt: Callable[[], Any]) -> list[str]:
+    try:
+        attempt()
+    except (TypeError, ValueError) as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def _unknown_options(where: str, options: Mapping[str, Any], function: Any) -> list[str]:
+    known = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in _GIVEN_BY_THE_PROGRAM
+    ]
+    return [
+        f"{where}.{name}: unknown, expected some of {known}"
+        for name in options
+        if name not in known
+    ]
+
+
+def _entries(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    entries = {}
+    for name, child in value.items():
+        entries.update(_entries(child, f"{prefix}.{name}" if prefix else name))
+    return entries
