@@ -310,8 +310,8 @@ def main() -> None:
     """Evaluates an artefact on its tasks and prints the results."""
     released = release.load(_ARTIFACT.value)
     settings = released.metadata["settings"]
-    experiment.start()
     preflight.check(settings)
+    experiment.start()
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
     suite = Suite(

@@ -40,6 +40,7 @@ from retex_jax.typing import Batch, Params
 
 PRETRAINED = "pretrained"
 _SET = "experts.json"
+_UNFINISHED = ".unfinished"
 
 
 class TrainState(NamedTuple):
@@ -164,7 +165,7 @@ def finetune(
     # Copied: the step donates its state, and the pretrained model is needed again.
     params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
     state = TrainState(params, make_optimizer(**settings).init(params))
-    unfinished = directory / ".unfinished" / task.name
+    unfinished = directory / _UNFINISHED / task.name
     checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
     done = checkpoints.latest() or 0
     if done:
@@ -200,6 +201,8 @@ def finetune(
     artifact.save_safetensors(directory / f"{task.name}.safetensors", tensors)
     artifact.write_json(directory / f"{task.name}.json", record)
     shutil.rmtree(unfinished)
+    if not any(unfinished.parent.iterdir()):
+        unfinished.parent.rmdir()
     return record
 
 
@@ -296,8 +299,8 @@ def _check_set(directory: Path, checkpoint_set: str) -> None:
 def main() -> None:
     """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
     settings = command_line.as_dict(_CONFIG.value)
-    experiment.start()
     preflight.check(settings, evaluates=False)
+    experiment.start()
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
     directory = experiment.experts_directory(settings)

@@ -54,7 +54,7 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
         "identifier": {"layer": release.identifier.layer, "normalize": signatures.normalize},
         "report": {
             "residuals": report.residuals,
-            "optima": {name: finite(value) for name, value in report.optima.items()},
+            "optima": {name: _finite(value) for name, value in report.optima.items()},
             "energies": report.energies,
         },
     }
@@ -95,6 +95,5 @@ def load(directory: str | os.PathLike[str]) -> Release:
     return Release(state, Identifier(signatures, metadata["identifier"]["layer"]), heads, metadata)
 
 
-def finite(value: float) -> float | None:
-    """The number for JSON: None where it is NaN or infinite."""
+def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -60,9 +60,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
     clock, key = logging.Clock(), jax.random.key(settings["seed"])
-    experiment.start()
     preflight.check(settings)
     preflight.check_workdir(settings, workdir)
+    experiment.start()
     with logging.WorkdirLock(workdir):
         with clock("load"):
             experiment.fetch(settings, announce=logging.info)
@@ -144,7 +144,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         facts = {"settings": settings, "variant": variant, "seconds_fit": seconds, **run}
         with clock("write"):
             released = release.Release(state, identifier, heads, facts)
-            write(settings, workdir, results, released, confusion)
+            results = write(settings, workdir, results, released, confusion)
             shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
         writer.resume(0, phase="seconds")
         writer.write(0, clock.seconds, phase="seconds")
@@ -241,10 +241,10 @@ def summary(
     return {
         "solver": settings["offsets"]["solver"],
         "rank": settings["offsets"]["rank"],
-        "residual": release.finite(fit_report.residual),
-        "optimum": release.finite(fit_report.optimum),
-        "ratio": release.finite(fit_report.ratio),
-        "energy": release.finite(fit_report.energy),
+        "residual": fit_report.residual,
+        "optimum": fit_report.optimum,
+        "ratio": fit_report.ratio,
+        "energy": fit_report.energy,
         "seconds": seconds,
     }
 
@@ -255,8 +255,13 @@ def write(
     results: Mapping[str, Any],
     released: release.Release,
     confusion: np.ndarray,
-) -> None:
-    """Writes the artefact, results.json and report.html, each beside and then renamed."""
+) -> dict[str, Any]:
+    """Writes the artefact, results.json and report.html, each beside and then renamed.
+
+    Returns:
+      The results as they are written: numbers that JSON lacks (NaN, infinity) are None.
+    """
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
     release.save(workdir, released)
     artifact.write_json(workdir / "results.json", results)
     report.write(
@@ -267,6 +272,7 @@ def write(
         seconds=results["seconds"],
         config_text=json.dumps(settings, indent=1),
     )
+    return results
 
 
 def grouped_spectra(fit_report: offsets.FitReport) -> dict[str, np.ndarray]:

@@ -63,6 +63,7 @@ def test_gradients_are_clipped_over_the_whole_model():
 def test_experts_are_written_with_their_records(run):
     assert {path.name for path in run.experts.iterdir()} == {
         ".lock",
+        "experts.json",
         "pretrained.safetensors",
         *(f"{name}.{kind}" for name in tiny.NAMES for kind in ("json", "safetensors")),
     }
@@ -104,7 +105,7 @@ def test_linear_probe_reads_the_pretrained_model(run):
     assert finetune.linear_probe(run.backbone, task, 16)[1] == record["linear_probe"]
     assert record["linear_probe"]["test"] > 0.5
     blind = jax.tree.map(jnp.zeros_like, run.backbone.params)
-    found = finetune.linear_probe(run.backbone._replace(params=blind), task, 16)
+    _, found = finetune.linear_probe(run.backbone._replace(params=blind), task, 16)
     assert found["test"] < 0.5
 
 
