@@ -60,5 +60,7 @@ def get_config() -> ConfigDict:
                 "num_calibration": 200,  # unlabelled training inputs a task
             },
             "evaluate": {"batch_size": 64},
+            # Beside metrics.jsonl; each needs the extra of its name.
+            "writers": {"tensorboard": False, "wandb": False},
         }
     )

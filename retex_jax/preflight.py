@@ -52,6 +52,8 @@ _REQUIRED = (
     "identifier.normalize",
     "identifier.num_calibration",
     "evaluate.batch_size",
+    "writers.tensorboard",
+    "writers.wandb",
 )
 
 

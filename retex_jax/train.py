@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             backbone, tasks = experiment.load(settings)
             preflight.check_tasks(settings, tasks)
         artifact.write_json(workdir / "config.json", settings)
-        writer = logging.MetricWriter(workdir)
+        writer = logging.MetricWriter(workdir, **settings["writers"])
 
         with clock("fine-tune"):
             directory = experiment.experts_directory(settings)
