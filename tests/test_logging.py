@@ -281,3 +281,14 @@ def test_import_starts_no_backend():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
+def test_clock_adds_up_phases_and_announces_each_once(capsys, monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 11.0, 20.0, 25.0])
+    monkeypatch.setattr("retex_jax.logging.clock.time.perf_counter", lambda: next(now))
+    clock = logging.Clock()
+    for phase in ("load", "merge", "load"):
+        with clock(phase):
+            pass
+    assert clock.seconds == {"load": 7.0, "merge": 1.0}
+    assert capsys.readouterr().err.split() == ["load", "merge"]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take
+from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take, trim
 from retex_jax.data.tasks import Task
 
 
@@ -87,3 +87,26 @@ def test_mixed_batches_lists_misfits():
         next(mixed_batches(tasks, "test", 2, 0))
     with pytest.raises(ValueError, match="at least one"):
         next(mixed_batches([], "test", 2, 0))
+
+
+def test_trim_cuts_the_padding_that_all_texts_share():
+    mask = np.zeros((3, 64), np.int32)
+    for row, length in enumerate((5, 17, 9)):
+        mask[row, :length] = 1
+    batch = {
+        "input_ids": np.arange(192).reshape(3, 64),
+        "attention_mask": mask,
+        "label": np.ones(3),
+    }
+    found = trim(batch)
+    assert found["input_ids"].shape == found["attention_mask"].shape == (3, 32)  # 17 rounded up
+    np.testing.assert_array_equal(found["input_ids"], batch["input_ids"][:, :32])
+    np.testing.assert_array_equal(found["label"], batch["label"])
+    assert trim(batch, multiple=64)["input_ids"].shape == (3, 64)
+    assert trim({**batch, "attention_mask": np.ones_like(mask)})["input_ids"].shape == (3, 64)
+
+
+def test_trim_leaves_images_alone():
+    batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "label": np.zeros(2)}
+    assert trim(batch).keys() == batch.keys()
+    assert trim(batch)["image"] is batch["image"]
