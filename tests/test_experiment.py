@@ -195,7 +195,7 @@ def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RETEX_CACHE", str(tmp_path))
     path = tmp_path / "tensorly-0.10.0-py3-none-any.whl"
     path.write_bytes(b"something else")
-    settings = command_line.as_dict(demo.get_config())
+    settings = command_line.as_dict(dinov2_vision8.get_config())
     lines = preflight.missing(settings)
     wrong = [line for line in lines if "SHA-256 expected" in line]
     assert len(wrong) == 1
