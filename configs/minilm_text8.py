@@ -2,7 +2,7 @@
 
     python -m retex_jax.train --config=configs/minilm_text8.py
 
-Hardware: two CPU cores. Downloads about 120 MB from PyPI at first.
+Hardware: two CPU cores; 27 minutes for the experts on shared cores. Downloads about 120 MB from PyPI at first.
 """
 
 from ml_collections import ConfigDict
