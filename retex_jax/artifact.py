@@ -104,11 +104,6 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     return Artifact(tensors, manifest["metadata"])
 
 
-def tensor_bytes(tensors: Mapping[str, Any]) -> int:
-    """Returns the bytes of all elements, without headers."""
-    return sum(array.size * array.dtype.itemsize for array in tensors.values())
-
-
 def save_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Any],

