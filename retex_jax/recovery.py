@@ -56,9 +56,8 @@ def run(
     Returns:
       Features [n, d], float32.
     """
-    inputs = {
-        name: array for name, array in examples.items() if name in models.example_batch(model)
-    }
+    names = model.example_batch()
+    inputs = {name: array for name, array in examples.items() if name in names}
     outputs = []
     for batch, valid in data.padded_batches(inputs, batch_size):
         features = _apply(model, params, data.trim(batch), layer or None)

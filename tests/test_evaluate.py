@@ -195,6 +195,9 @@ def test_known_gives_each_task_its_own_parameters_and_head():
     class Constant:
         config = SimpleNamespace(feature_dim=2)
 
+        def example_batch(self):
+            return {"image": 0}
+
         def apply(self, variables, batch, num_layers=None):
             pooled = jnp.tile(variables["params"]["x"], (len(batch["image"]), 1))
             return SimpleNamespace(pooled=pooled, layers=None)
@@ -210,7 +213,6 @@ def test_known_gives_each_task_its_own_parameters_and_head():
             "_apply",
             lambda model, params, batch, n: model.apply({"params": params}, batch),
         )
-        patch.setattr(recovery.models, "example_batch", lambda model: {"image": 0})
         tasks = [task("first", 1), task("second", 2)]
         suite = evaluate.Suite(Constant(), tasks, heads, {}, batch_size=3, seed=0)
         found = evaluate.known(suite, lambda index: {"x": experts_by_task[index]})

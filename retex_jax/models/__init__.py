@@ -6,9 +6,9 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 
-from retex_jax.models import bert, vit
 from retex_jax.models.bert import MINILM_L6, Bert, BertConfig
 from retex_jax.models.features import Features
 from retex_jax.models.vit import ViT
@@ -25,29 +25,14 @@ __all__ = [
     "Features",
     "ViT",
     "ViTConfig",
-    "example_batch",
     "expected_params",
     "init_params",
 ]
 
 
-def example_batch(model: ViT | Bert) -> dict[str, jax.Array]:
-    """Returns the smallest batch that the model accepts.
-
-    Args:
-      model: a backbone of this package.
-
-    Returns:
-      A batch with a leading axis of 1.
-    """
-    if isinstance(model, ViT):
-        return vit.example_batch(model.config)
-    return bert.example_batch()
-
-
 # Compiled, so that the forward pass, which only gives the shapes, is never run.
 @functools.partial(jax.jit, static_argnums=0)
-def init_params(model: ViT | Bert, key: jax.Array) -> dict:
+def init_params(model: nn.Module, key: jax.Array) -> dict:
     """Returns freshly initialised parameters.
 
     Args:
@@ -57,10 +42,10 @@ def init_params(model: ViT | Bert, key: jax.Array) -> dict:
     Returns:
       Nested dict of arrays in `model.config.param_dtype`.
     """
-    return dict(model.init(key, example_batch(model))["params"])
+    return dict(model.init(key, model.example_batch())["params"])
 
 
-def expected_params(model: ViT | Bert) -> dict:
+def expected_params(model: nn.Module) -> dict:
     """Returns the shapes and dtypes of a model's parameters; nothing is allocated.
 
     Args:

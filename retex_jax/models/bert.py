@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retex_jax.models import layers
+from retex_jax.models import layers, stacking
 from retex_jax.models.features import Features
 
 
@@ -33,6 +33,7 @@ class BertConfig:
       num_token_types: rows of the token-type table.
       activation: "gelu" (exact) or "quick_gelu".
       layer_norm_eps: epsilon of every layer norm.
+      scan: whether the blocks are one scan over stacked parameters; see `models.stacking`.
       dtype: dtype of the activations.
       param_dtype: dtype of the parameters.
 
@@ -49,6 +50,7 @@ class BertConfig:
     num_token_types: int = 2
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
+    scan: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -114,6 +116,11 @@ class Bert(nn.Module):
 
     config: BertConfig
 
+    def example_batch(self) -> dict[str, jax.Array]:
+        """Returns a batch of one token, for `init` and `jax.eval_shape`."""
+        token = jnp.zeros((1, 1), jnp.int32)
+        return {"input_ids": token, "attention_mask": token + 1}
+
     @nn.compact
     def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
         """Computes the features of a batch of token sequences.
@@ -156,12 +163,20 @@ class Bert(nn.Module):
         mask = real[:, None, None, :]
         weight = real.astype(jnp.float32)
         weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
-        means = []
-        for i in range(depth):
-            x = Block(config, name=f"blocks_{i}")(x, mask)
-            means.append(jnp.sum(x.astype(jnp.float32) * weight[:, :, None], axis=1))
-        pooled = means[-1] if depth == config.num_layers else None
-        return Features(pooled, jnp.stack(means))
+
+        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            x = block(x, mask)
+            return x, jnp.sum(x.astype(jnp.float32) * weight[:, :, None], axis=1)
+
+        x, means = stacking.run_blocks(
+            lambda name: Block(config, name=name),
+            body,
+            x,
+            num_layers=config.num_layers,
+            depth=depth,
+            scan=config.scan,
+        )
+        return Features(means[-1] if depth == config.num_layers else None, means)
 
 
 def _check_batch(batch, config):
@@ -184,11 +199,3 @@ def _check_batch(batch, config):
     if problems:
         raise ValueError("; ".join(problems))
     return input_ids, real, token_types
-
-
-def example_batch() -> dict[str, jax.Array]:
-    """Returns a batch of one token, for `model.init` and `jax.eval_shape`."""
-    return {
-        "input_ids": jnp.zeros((1, 1), jnp.int32),
-        "attention_mask": jnp.ones((1, 1), jnp.int32),
-    }

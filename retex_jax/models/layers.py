@@ -41,7 +41,24 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh form of GELU (arXiv:1606.08415, section 2), which GPT-2 uses.
+
+    Args:
+      x: any shape, a floating dtype.
+
+    Returns:
+      Same shape and dtype.
+    """
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+}
 
 
 def layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype, name: str) -> nn.LayerNorm:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retex_jax.models import layers
+from retex_jax.models import layers, stacking
 from retex_jax.models.features import Features
 from retex_jax.models.vit_config import ViTConfig
 
@@ -96,6 +96,11 @@ class ViT(nn.Module):
 
     config: ViTConfig
 
+    def example_batch(self) -> dict[str, jax.Array]:
+        """Returns a batch of one black image, for `init` and `jax.eval_shape`."""
+        side = self.config.image_size
+        return {"image": jnp.zeros((1, side, side, 3), jnp.uint8)}
+
     @nn.compact
     def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
         """Computes the features of a batch of images.
@@ -136,12 +141,20 @@ class ViT(nn.Module):
         if config.pre_norm:
             x = layers.layer_norm(config.layer_norm_eps, name="pre_norm", **dtypes)(x)
 
-        means = []
-        for i in range(depth):
-            x = Block(config, name=f"blocks_{i}")(x)
-            means.append(jnp.mean(x, axis=1, dtype=jnp.float32))
+        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            x = block(x)
+            return x, jnp.mean(x, axis=1, dtype=jnp.float32)
+
+        x, means = stacking.run_blocks(
+            lambda name: Block(config, name=name),
+            body,
+            x,
+            num_layers=config.num_layers,
+            depth=depth,
+            scan=config.scan,
+        )
         if depth < config.num_layers:
-            return Features(None, jnp.stack(means))
+            return Features(None, means)
 
         norm = layers.layer_norm(config.layer_norm_eps, name="final_norm", **dtypes)
         if config.pool == "cls":
@@ -152,7 +165,7 @@ class ViT(nn.Module):
             pooled = nn.Dense(config.projection_dim, use_bias=False, **dtypes, name="projection")(
                 pooled
             )
-        return Features(pooled.astype(jnp.float32), jnp.stack(means))
+        return Features(pooled.astype(jnp.float32), means)
 
 
 def normalize_images(image: jax.Array, config: ViTConfig) -> jax.Array:
@@ -179,8 +192,3 @@ def normalize_images(image: jax.Array, config: ViTConfig) -> jax.Array:
     scale = [1 / (255 * std) for std in config.image_std]
     shift = [-mean / std for mean, std in zip(config.image_mean, config.image_std, strict=True)]
     return image.astype(jnp.float32) * jnp.array(scale) + jnp.array(shift)
-
-
-def example_batch(config: ViTConfig) -> dict[str, jax.Array]:
-    """Returns a batch of one black image, for `model.init` and `jax.eval_shape`."""
-    return {"image": jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)}

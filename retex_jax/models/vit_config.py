@@ -33,6 +33,7 @@ class ViTConfig:
       pool: "cls" (class token) or "mean" (over patch tokens), both after the final norm.
       image_mean: mean of each channel, for uint8 images scaled to [0, 1].
       image_std: standard deviation of each channel, for the same.
+      scan: whether the blocks are one scan over stacked parameters; see `models.stacking`.
       dtype: dtype of the activations.
       param_dtype: dtype of the parameters.
 
@@ -55,6 +56,7 @@ class ViTConfig:
     pool: str = "cls"
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
+    scan: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
