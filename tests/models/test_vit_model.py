@@ -240,7 +240,7 @@ def test_config_lists_all_problems():
     for part in (
         "image_size=30: expected a multiple of patch_size=16",
         "width=10: expected a multiple of num_heads=3",
-        "activation='relu': expected one of gelu, quick_gelu",
+        "activation='relu': expected one of gelu, gelu_tanh, quick_gelu, silu",
         "pool='max'",
     ):
         assert part in str(error.value)
