@@ -58,12 +58,13 @@ def run(
     """
     names = model.example_batch()
     inputs = {name: array for name, array in examples.items() if name in names}
+    order = data.by_length(inputs)
     outputs = []
-    for batch, valid in data.padded_batches(inputs, batch_size):
+    for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
         features = _apply(model, params, data.trim(batch), layer or None)
         chosen = features.layers[layer - 1] if layer else features.pooled
         outputs.append(np.asarray(chosen)[valid])
-    return np.concatenate(outputs)
+    return np.concatenate(outputs)[np.argsort(order)]
 
 
 def logits(head: Head, features: Array) -> np.ndarray:

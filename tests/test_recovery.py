@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import evaluate, offsets, recovery, tree
+from retex_jax import evaluate, models, offsets, recovery, tree
 from retex_jax.identifier import subspace
 
 BATCH = 32
@@ -38,6 +38,20 @@ def test_run_gives_what_the_model_gives(run, apply, layer):
         found = recovery.run(run.backbone.model, params, inputs, batch_size, layer=layer)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_of_many_lengths_keep_their_order():
+    config = models.BertConfig(
+        vocab_size=50, width=8, num_layers=1, num_heads=2, mlp_dim=8, max_length=40
+    )
+    model = models.Bert(config)
+    params = models.init_params(model, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    mask = (np.arange(40) < rng.permutation(np.arange(3, 36, 3))[:, None]).astype(np.int32)
+    texts = {"input_ids": rng.integers(1, 50, mask.shape, np.int32), "attention_mask": mask}
+    want = jax.jit(lambda: model.apply({"params": params}, texts).pooled)()
+    found = recovery.run(model, params, texts, 4)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_differ(run):

@@ -6,6 +6,7 @@ it is `--config=tests/tiny.py`, or `--config=tests/tiny.py:adam`.
 """
 
 import contextlib
+import copy
 import os
 import runpy
 import signal
@@ -96,6 +97,18 @@ def get_config(kind=""):
         config.offsets.extra_ranks = ()
         config.offsets.solver = "adam"
     return config
+
+
+def settings_with(*changes):
+    """The experiment's settings with entries changed: ("offsets.rank", 0), ..."""
+    settings = copy.deepcopy(command_line.as_dict(get_config()))
+    for path, value in changes:
+        *above, name = path.split(".")
+        node = settings
+        for part in above:
+            node = node[part]
+        node[name] = value
+    return settings
 
 
 @contextlib.contextmanager

@@ -1,6 +1,13 @@
 """Data: packaged tasks read out of checked wheels, tokenising, and batches."""
 
-from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take, trim
+from retex_jax.data.batching import (
+    batch_indices,
+    by_length,
+    mixed_batches,
+    padded_batches,
+    take,
+    trim,
+)
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
 from retex_jax.data.loading import check_names, load_task, make_task
 from retex_jax.data.tasks import Examples, Task, TaskSpec, split_indices
@@ -16,6 +23,7 @@ __all__ = [
     "TaskSpec",
     "Wheel",
     "batch_indices",
+    "by_length",
     "cache_dir",
     "cached",
     "check_names",

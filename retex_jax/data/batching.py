@@ -69,6 +69,20 @@ def trim(batch: Split, multiple: int = 16) -> dict[str, np.ndarray]:
     }
 
 
+def by_length(split: Split) -> np.ndarray:
+    """The order that puts texts of like length side by side, so that `trim` cuts the most.
+
+    Args:
+      split: arrays [n, ...]; texts carry "attention_mask" [n, L].
+
+    Returns:
+      Indices [n], int64, shortest text first, stable; 0, 1, ... where there are no texts.
+    """
+    if "attention_mask" in split:
+        return np.argsort(np.count_nonzero(split["attention_mask"], axis=1), kind="stable")
+    return np.arange(len(next(iter(split.values()))))
+
+
 def padded_batches(
     split: Split, batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:

@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retex_jax.data.batching import batch_indices, mixed_batches, padded_batches, take, trim
+from retex_jax.data.batching import (
+    batch_indices,
+    by_length,
+    mixed_batches,
+    padded_batches,
+    take,
+    trim,
+)
 from retex_jax.data.tasks import Task
 
 
@@ -110,3 +117,9 @@ def test_trim_leaves_images_alone():
     batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "label": np.zeros(2)}
     assert trim(batch).keys() == batch.keys()
     assert trim(batch)["image"] is batch["image"]
+
+
+def test_by_length_puts_short_texts_first_and_leaves_images_alone():
+    mask = np.arange(6) < np.array([[4], [1], [4], [2]])
+    assert by_length({"attention_mask": mask, "input_ids": mask}).tolist() == [1, 3, 0, 2]
+    assert by_length({"image": np.zeros((3, 2, 2, 3))}).tolist() == [0, 1, 2]

