@@ -2,136 +2,37 @@
 
 An `ExpertSet` is what every method fits on. It checks once, early and completely, that the experts
 belong to the pretrained model, and then hands out one leaf of all experts at a time, so that a method
-needs the memory of one leaf's stack, not of T models. The leaves come from trees in memory or from
-safetensors files, which are read through memory maps.
+needs the memory of one leaf's stack, not of T models. The leaves come from any `Source`: trees in
+memory, safetensors files, which are read through memory maps, or LoRA adapters over a pretrained model.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from safetensors import SafetensorError, safe_open
 
 from retex_jax import tree
+from retex_jax.lora.source import LoraSource
+from retex_jax.sources import SafetensorsSource, Source, TreeSource, read_safetensors
 from retex_jax.typing import Array, Layout, Params
 
-_DTYPES = {
-    "F64": jnp.float64,
-    "F32": jnp.float32,
-    "F16": jnp.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-
-class Source(Protocol):
-    """Where the leaves of one model come from."""
-
-    @property
-    def leaves(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Leaf name to shape and dtype, without reading any data."""
-        ...
-
-    def read(self, name: str) -> Array:
-        """One leaf."""
-        ...
-
-
-class TreeSource:
-    """A nested dict of arrays in memory."""
-
-    def __init__(self, params: Params):
-        """Takes the tree as it is; no leaf is copied.
-
-        Raises:
-          ValueError: as `tree.flatten`, and for a leaf that is not an array or a number.
-        """
-        self._flat = tree.flatten(params)
-        for name, leaf in self._flat.items():
-            if type(leaf) in (bool, int, float):
-                dtype = {bool: np.bool_, int: np.int32, float: np.float32}[type(leaf)]
-                self._flat[name] = np.asarray(leaf, dtype)
-            elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-                raise ValueError(f"{name}: got a {type(leaf).__name__}, expected an array")
-            elif not (leaf.dtype == np.bool_ or _is_real(leaf.dtype)):
-                raise ValueError(f"{name}: got dtype {leaf.dtype}, expected real numbers")
-        self.leaves = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self._flat.items()
-        }
-
-    def read(self, name: str) -> Array:
-        """One leaf, as it was given."""
-        return self._flat[name]
-
-
-class SafetensorsSource:
-    """A safetensors file, read through a memory map; names "a.b" become "a/b"."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        """Reads the header only.
-
-        Raises:
-          ValueError: if the file is missing, truncated or malformed, or holds a dtype that no
-            expert can have, or two names that differ only in "." and "/".
-        """
-        self.path = Path(path)
-        try:
-            self._file = safe_open(self.path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self.path}: not a whole, readable safetensors file: {error}"
-            ) from error
-        self._keys: dict[str, str] = {}
-        self.leaves: dict[str, jax.ShapeDtypeStruct] = {}
-        for key in sorted(self._file.keys()):
-            name = key.replace(".", "/")
-            header = self._file.get_slice(key)
-            if header.get_dtype() not in _DTYPES:
-                raise ValueError(
-                    f"{self.path}: {key} has dtype {header.get_dtype()}, "
-                    f"expected one of {sorted(_DTYPES)}"
-                )
-            if name in self._keys:
-                raise ValueError(f"{self.path}: {key} and {self._keys[name]} name the same leaf")
-            self._keys[name] = key
-            self.leaves[name] = jax.ShapeDtypeStruct(
-                tuple(header.get_shape()), _DTYPES[header.get_dtype()]
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        """One leaf, copied out of the memory map."""
-        return self._file.get_tensor(self._keys[name])
-
-
-def read_safetensors(path: str | os.PathLike[str], include: str = "") -> Params:
-    """Reads the leaves whose name contains the regular expression `include`, as a nested dict.
-
-    Raises:
-      ValueError: as `SafetensorsSource`.
-    """
-    source = SafetensorsSource(path)
-    return tree.unflatten(
-        {name: source.read(name) for name in source.leaves if tree.matches_any([include], name)}
-    )
+__all__ = [
+    "ExpertSet",
+    "SafetensorsSource",
+    "Source",
+    "TreeSource",
+    "read_safetensors",
+    "task_vectors",
+]
 
 
 @dataclass(frozen=True)
 class ExpertSet:
-    """A pretrained model and its T experts; make one with `from_trees` or `from_safetensors`.
+    """A pretrained model and its T experts; make one with one of the `from_` methods.
 
     Attributes:
       names: one name an expert (task), unique, in task order.
@@ -174,7 +75,14 @@ class ExpertSet:
             missing, extra or misshaped leaf, another dtype, NaN or Inf; all problems are listed.
         """
         sources = [TreeSource(expert) for expert in experts]
-        return cls._checked(TreeSource(pretrained), sources, names, layout, exclude, check_finite)
+        return cls.from_sources(
+            TreeSource(pretrained),
+            sources,
+            names=names,
+            layout=layout,
+            exclude=exclude,
+            check_finite=check_finite,
+        )
 
     @classmethod
     def from_safetensors(
@@ -187,12 +95,14 @@ class ExpertSet:
         exclude: Sequence[str] = (),
         check_finite: bool = True,
     ) -> "ExpertSet":
-        """Takes safetensors files, of which only the headers are kept in memory.
+        """Takes safetensors checkpoints, of which only the headers are kept in memory.
 
         Args:
-          pretrained: path of the pretrained model's file.
+          pretrained: path of the pretrained model: a file, or a folder with model.safetensors or with
+            an index and its shards.
           experts: T paths.
-          names: T unique names; the files' stems when not given, where those are unique.
+          names: T unique names; the files' stems (the folders' names) when not given, where those are
+            unique.
           layout: "torch" (Hugging Face files) or "flax" (files that this package writes).
           exclude: regular expressions of leaves that are left out, such as per-task heads.
           check_finite: whether to read every leaf once now, to look for NaN and Inf.
@@ -204,22 +114,89 @@ class ExpertSet:
           ValueError: as `from_trees`, and for a missing, truncated or malformed file.
         """
         sources = [SafetensorsSource(path) for path in experts]
-        if names is None and len({source.path.stem for source in sources}) == len(sources):
-            names = [source.path.stem for source in sources]
-        return cls._checked(
-            SafetensorsSource(pretrained), sources, names, layout, exclude, check_finite
+        return cls.from_sources(
+            SafetensorsSource(pretrained),
+            sources,
+            names=_own_names(sources) if names is None else names,
+            layout=layout,
+            exclude=exclude,
+            check_finite=check_finite,
         )
 
     @classmethod
-    def _checked(
+    def from_lora(
+        cls,
+        pretrained: Source | str | os.PathLike[str],
+        adapters: Sequence[LoraSource | str | os.PathLike[str]],
+        *,
+        names: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        check_finite: bool = True,
+    ) -> "ExpertSet":
+        """Takes PEFT LoRA adapters; each is added to the pretrained model as a leaf is read.
+
+        Args:
+          pretrained: the adapters' base model, in torch layout: a source, or a path as
+            `from_safetensors` takes it.
+          adapters: T adapter folders, or `LoraSource`s made of them with the same pretrained source
+            (to read their heads from, or with another `transposed`).
+          names: T unique names; the folders' names when not given, where those are unique.
+          exclude: regular expressions of leaves that are left out, such as per-task heads.
+          check_finite: whether to read every leaf once now, to look for NaN and Inf.
+
+        Returns:
+          The expert set, in torch layout.
+
+        Raises:
+          ValueError: as `from_trees`, and as `LoraSource` for all adapters at once.
+        """
+        if isinstance(pretrained, str | os.PathLike):
+            pretrained = SafetensorsSource(pretrained)
+        sources, problems = [], []
+        for adapter in adapters:
+            try:
+                is_source = isinstance(adapter, LoraSource)
+                sources.append(adapter if is_source else LoraSource(adapter, pretrained))
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return cls.from_sources(
+            pretrained,
+            sources,
+            names=_own_names(sources) if names is None else names,
+            layout="torch",
+            exclude=exclude,
+            check_finite=check_finite,
+        )
+
+    @classmethod
+    def from_sources(
         cls,
         pretrained: Source,
         experts: Sequence[Source],
-        names: Sequence[str] | None,
+        *,
+        names: Sequence[str] | None = None,
         layout: Layout,
-        exclude: Sequence[str],
-        check_finite: bool,
+        exclude: Sequence[str] = (),
+        check_finite: bool = True,
     ) -> "ExpertSet":
+        """Takes anything that names its leaves and reads one of them at a time.
+
+        Args:
+          pretrained: source of the pretrained model.
+          experts: T sources.
+          names: T unique names; "task_0", "task_1", ... when not given.
+          layout: "flax" or "torch", of all sources.
+          exclude: regular expressions of leaves that are left out, such as per-task heads.
+          check_finite: whether to read every leaf once now, to look for NaN and Inf.
+
+        Returns:
+          The expert set; nothing but the sources is kept.
+
+        Raises:
+          ValueError: as `from_trees`.
+        """
         if names is None:
             names = [f"task_{index}" for index in range(len(experts))]
         if not experts:
@@ -292,8 +269,9 @@ def task_vectors(experts: ExpertSet) -> Params:
     return tree.unflatten({name: experts.task_vectors(name) for name in experts.float_leaves})
 
 
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or tree.is_float(dtype)
+def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:
+    names = [source.name for source in sources]
+    return names if len(set(names)) == len(names) else None
 
 
 def _kept(source: Source, exclude: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:

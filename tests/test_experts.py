@@ -341,3 +341,116 @@ def test_safetensors_leaves_are_read_one_by_one(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="missing leaf scale"):
         rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
     assert not read, "a wrong header must be told before any data is read"
+
+
+def _sharded(folder, model):
+    """Writes the tensors in turn to two shards, and returns the index."""
+    folder.mkdir(exist_ok=True)
+    shards = [f"model-{shard + 1:05}-of-00002.safetensors" for shard in (0, 1)]
+    weight_map = {key: shards[index % 2] for index, key in enumerate(sorted(model))}
+    for shard in shards:
+        save_file({k: x for k, x in model.items() if weight_map[k] == shard}, folder / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_folders_and_shards(tmp_path):
+    pretrained, experts = (
+        references.as_torch(references.flax_model(2)[0]),
+        [references.as_torch(expert) for expert in references.flax_model(2)[1]],
+    )
+    (tmp_path / "base-v1.5").mkdir()
+    save_file(pretrained, tmp_path / "base-v1.5" / "model.safetensors")
+    for folder, expert in zip(("x-v1.5", "y-v1.5"), experts, strict=True):
+        _sharded(tmp_path / folder, expert)
+    expert_set = rtx.ExpertSet.from_safetensors(
+        tmp_path / "base-v1.5", [tmp_path / "x-v1.5", tmp_path / "y-v1.5"]
+    )
+    assert expert_set.names == ("x-v1.5", "y-v1.5")
+    assert list(expert_set.leaves) == sorted(name.replace(".", "/") for name in pretrained)
+    for key, leaf in pretrained.items():
+        name = key.replace(".", "/")
+        np.testing.assert_array_equal(expert_set.pretrained(name), leaf)
+        for task, expert in enumerate(experts):
+            np.testing.assert_array_equal(expert_set.expert(name, task), expert[key])
+
+
+@pytest.mark.parametrize(
+    "shard", ["../a.safetensors", "/a.safetensors", "x/../../a.safetensors", "..\\a", "", ".."]
+)
+def test_shards_stay_inside_their_folder(tmp_path, shard):
+    folder = tmp_path / "model"
+    index = _sharded(folder, references.few_leaves(1)[0])
+    save_file({"dense/bias": np.ones(10, np.float32)}, tmp_path / "a.safetensors")
+    index["weight_map"]["dense/bias"] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is not a name inside the folder"):
+        experts_module.SafetensorsSource(folder)
+
+
+def test_all_that_an_index_lacks_is_listed(tmp_path):
+    index = _sharded(tmp_path, references.few_leaves(1)[0])
+    (first, second) = sorted(set(index["weight_map"].values()))
+    moved = sorted(key for key, shard in index["weight_map"].items() if shard == first)[0]
+    del index["weight_map"][moved]
+    index["weight_map"] |= {"lost/kernel": first, "gone/kernel": "absent.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / second).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="does not fit its shards") as error:
+        experts_module.SafetensorsSource(tmp_path)
+    problems = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert problems[0] == "shard 'absent.safetensors' is missing, with 1 tensors"
+    assert problems[1] == f"lost/kernel is missing from {first}"
+    assert problems[2] == f"{moved} of {first} is not listed"
+    assert problems[3].startswith(f"{tmp_path / second}: not a whole, readable safetensors file")
+    assert len(problems) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'],
+)
+def test_malformed_index(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        experts_module.SafetensorsSource(tmp_path)
+
+
+def test_one_tensor_in_two_shards(tmp_path):
+    index = _sharded(tmp_path, {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
+    for shard in set(index["weight_map"].values()):
+        save_file({"a": np.ones(2, np.float32)}, tmp_path / shard)
+    with pytest.raises(ValueError, match="a and a name the same leaf"):
+        experts_module.SafetensorsSource(tmp_path)
+
+
+class _Doubled:
+    """A source of its own kind: twice another one's leaves, computed when they are read."""
+
+    def __init__(self, source):
+        self.source, self.leaves, self.reads = source, source.leaves, []
+
+    def read(self, name):
+        self.reads.append(name)
+        return self.source.read(name) * 2
+
+
+def test_from_sources():
+    pretrained = experts_module.TreeSource(references.nested(references.few_leaves(1)[0]))
+    expert = _Doubled(pretrained)
+    expert_set = rtx.ExpertSet.from_sources(
+        pretrained, [expert], layout="flax", exclude=["^buffers/"], check_finite=False
+    )
+    assert expert_set.names == ("task_0",)
+    assert expert.reads == []
+    np.testing.assert_array_equal(
+        expert_set.task_vectors("dense/kernel")[0], pretrained.read("dense/kernel")
+    )
+    assert expert.reads == ["dense/kernel"]
+    with pytest.raises(ValueError, match="layout: got 'torsch'"):
+        rtx.ExpertSet.from_sources(pretrained, [expert], layout="torsch")
+    with pytest.raises(ValueError, match="x: missing leaf scale"):
+        rtx.ExpertSet.from_sources(
+            pretrained, [experts_module.TreeSource({"a": 1.0})], names=["x"], layout="flax"
+        )

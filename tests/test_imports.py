@@ -16,11 +16,13 @@ CORE = {
     "",  # retex_jax/__init__.py
     "experts",
     "identifier",
+    "lora",
     "mergers",
     "methods",
     "metrics",
     "offsets",
     "personalized",
+    "sources",
     "tree",
     "typing",
 }
