@@ -1,5 +1,4 @@
 import json
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,6 @@ def _files(tmp_path, pretrained, experts):
     for path, model in zip(paths, [pretrained, *experts], strict=True):
         save_file(model, path)
     return paths[0], paths[1:]
-
-
-def _raw_safetensors(path, header, data):
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +275,7 @@ def test_truncated_file(tmp_path, kept):
     pretrained, experts = references.flax_model(1)
     path, paths = _files(tmp_path, pretrained, experts)
     paths[0].write_bytes(paths[0].read_bytes()[:kept])
-    with pytest.raises(ValueError, match="not a whole, readable safetensors file") as error:
+    with pytest.raises(ValueError, match="not a whole safetensors file") as error:
         rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
     assert str(paths[0]) in str(error.value)
 
@@ -289,18 +283,14 @@ def test_truncated_file(tmp_path, kept):
 def test_unreadable_files(tmp_path):
     garbage = tmp_path / "garbage"
     garbage.write_bytes(b"\x00\xff" * 500)
-    for path in (tmp_path / "absent", tmp_path, garbage):
-        with pytest.raises(ValueError, match="not a whole, readable safetensors file") as error:
+    for path, said in (
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "holds neither model.safetensors nor"),
+        (garbage, "not a whole safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
             rtx.ExpertSet.from_safetensors(path, [path])
         assert str(path) in str(error.value)
-
-
-def test_unknown_dtype(tmp_path):
-    path = tmp_path / "p"
-    header = {"a.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
-    _raw_safetensors(path, header, b"\0" * 4)
-    with pytest.raises(ValueError, match=r"a\.weight has dtype F8_E4M3, expected one of"):
-        experts_module.SafetensorsSource(path)
 
 
 @pytest.mark.parametrize("names", [("a.b", "a/b"), ("a", "a.b")])
@@ -374,55 +364,6 @@ def test_folders_and_shards(tmp_path):
         np.testing.assert_array_equal(expert_set.pretrained(name), leaf)
         for task, expert in enumerate(experts):
             np.testing.assert_array_equal(expert_set.expert(name, task), expert[key])
-
-
-@pytest.mark.parametrize(
-    "shard", ["../a.safetensors", "/a.safetensors", "x/../../a.safetensors", "..\\a", "", ".."]
-)
-def test_shards_stay_inside_their_folder(tmp_path, shard):
-    folder = tmp_path / "model"
-    index = _sharded(folder, references.few_leaves(1)[0])
-    save_file({"dense/bias": np.ones(10, np.float32)}, tmp_path / "a.safetensors")
-    index["weight_map"]["dense/bias"] = shard
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="is not a name inside the folder"):
-        experts_module.SafetensorsSource(folder)
-
-
-def test_all_that_an_index_lacks_is_listed(tmp_path):
-    index = _sharded(tmp_path, references.few_leaves(1)[0])
-    (first, second) = sorted(set(index["weight_map"].values()))
-    moved = sorted(key for key, shard in index["weight_map"].items() if shard == first)[0]
-    del index["weight_map"][moved]
-    index["weight_map"] |= {"lost/kernel": first, "gone/kernel": "absent.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / second).write_bytes(b"cut")
-    with pytest.raises(ValueError, match="does not fit its shards") as error:
-        experts_module.SafetensorsSource(tmp_path)
-    problems = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert problems[0] == "shard 'absent.safetensors' is missing, with 1 tensors"
-    assert problems[1] == f"lost/kernel is missing from {first}"
-    assert problems[2] == f"{moved} of {first} is not listed"
-    assert problems[3].startswith(f"{tmp_path / second}: not a whole, readable safetensors file")
-    assert len(problems) == 4
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'],
-)
-def test_malformed_index(tmp_path, text):
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json"):
-        experts_module.SafetensorsSource(tmp_path)
-
-
-def test_one_tensor_in_two_shards(tmp_path):
-    index = _sharded(tmp_path, {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
-    for shard in set(index["weight_map"].values()):
-        save_file({"a": np.ones(2, np.float32)}, tmp_path / shard)
-    with pytest.raises(ValueError, match="a and a name the same leaf"):
-        experts_module.SafetensorsSource(tmp_path)
 
 
 class _Doubled:

@@ -22,6 +22,7 @@ CORE = {
     "metrics",
     "offsets",
     "personalized",
+    "snapshot",
     "sources",
     "tree",
     "typing",

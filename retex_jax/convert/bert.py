@@ -1,14 +1,17 @@
-"""Table and reader for BERT encoders, with the names of Hugging Face's `BertModel`.
+"""Tables and reader for BERT, with the names of Hugging Face's `BertModel` and its sequence classifier.
 
-Prefixes of models with a head ("bert.") and the old LayerNorm names (gamma, beta) are read too. The
-pooler and the position_ids buffer are read past: the pooled vector is a mean (see `models.bert`).
+Prefixes of models with a head ("bert.") and the old LayerNorm names (gamma, beta) are read too. Read
+past, because our encoder has no such part: the pooler, which belongs to the classification head (see
+`models.bert`), the heads of pretraining ("cls."), and the position_ids buffer. The classifier's table
+reads the pooler.
 """
 
 import os
 
 from retex_jax import models
-from retex_jax.convert import safetensors_file
 from retex_jax.convert.engine import TRANSPOSE, Rule, Table, to_flax
+from retex_jax.convert.prefixed import prefixed
+from retex_jax.snapshot import Snapshot
 
 _LAYER = "encoder.layer.{i}."
 
@@ -20,7 +23,8 @@ def _norm(torch: str, flax: str) -> tuple[Rule, Rule]:
     )
 
 
-def _dense(torch: str, flax: str) -> tuple[Rule, Rule]:
+def dense_rules(torch: str, flax: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a dense layer's weight and bias."""
     return (
         Rule(f"{torch}.weight", f"{flax}/kernel", TRANSPOSE),
         Rule(f"{torch}.bias", f"{flax}/bias"),
@@ -35,22 +39,34 @@ BERT = Table(
             for name in ("word", "position", "token_type")
         ),
         *_norm("embeddings.LayerNorm", "embedding_norm"),
-        *_dense(f"{_LAYER}attention.self.query", "blocks_{i}/attention/query"),
-        *_dense(f"{_LAYER}attention.self.key", "blocks_{i}/attention/key"),
-        *_dense(f"{_LAYER}attention.self.value", "blocks_{i}/attention/value"),
-        *_dense(f"{_LAYER}attention.output.dense", "blocks_{i}/attention/out"),
+        *dense_rules(f"{_LAYER}attention.self.query", "blocks_{i}/attention/query"),
+        *dense_rules(f"{_LAYER}attention.self.key", "blocks_{i}/attention/key"),
+        *dense_rules(f"{_LAYER}attention.self.value", "blocks_{i}/attention/value"),
+        *dense_rules(f"{_LAYER}attention.output.dense", "blocks_{i}/attention/out"),
         *_norm(f"{_LAYER}attention.output.LayerNorm", "blocks_{i}/norm1"),
-        *_dense(f"{_LAYER}intermediate.dense", "blocks_{i}/mlp/fc1"),
-        *_dense(f"{_LAYER}output.dense", "blocks_{i}/mlp/fc2"),
+        *dense_rules(f"{_LAYER}intermediate.dense", "blocks_{i}/mlp/fc1"),
+        *dense_rules(f"{_LAYER}output.dense", "blocks_{i}/mlp/fc2"),
         *_norm(f"{_LAYER}output.LayerNorm", "blocks_{i}/norm2"),
     ),
     ignore=(
         r"(bert\.)?pooler\.dense\.(weight|bias)",
         r"(bert\.)?embeddings\.position_ids",
+        r"cls\..*",
     ),
     prefixes=("bert.",),
 )
 """Hugging Face's BertModel <-> Bert."""
+
+BERT_CLASSIFIER = Table(
+    name="BERT classifier",
+    rules=(
+        *prefixed(BERT.rules, torch="bert.", flax="backbone/"),
+        *dense_rules("bert.pooler.dense", "head/pooler"),
+        *dense_rules("classifier", "head/classifier"),
+    ),
+    ignore=(r"bert\.embeddings\.position_ids",),
+)
+"""Hugging Face's BertForSequenceClassification <-> SequenceClassifier with the head "bert"."""
 
 
 def bert_from_safetensors(source: bytes | str | os.PathLike, config: models.BertConfig) -> dict:
@@ -69,4 +85,4 @@ def bert_from_safetensors(source: bytes | str | os.PathLike, config: models.Bert
       FileNotFoundError: if there is no such file.
     """
     expected = models.expected_params(models.Bert(config))
-    return to_flax(safetensors_file.read(source), BERT, expected)
+    return to_flax(Snapshot(source), BERT, expected)

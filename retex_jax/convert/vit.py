@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from retex_jax import models
-from retex_jax.convert import onnx_dinov2, safetensors_file
+from retex_jax.convert import onnx_dinov2
 from retex_jax.convert.engine import (
     CONV,
     TRANSPOSE,
@@ -21,6 +21,7 @@ from retex_jax.convert.engine import (
     drop_leading,
     to_flax,
 )
+from retex_jax.snapshot import Snapshot
 
 _BLOCK = "encoder.layer.{i}."
 
@@ -79,44 +80,52 @@ DINOV2 = Table(
 _CLIP = "vision_model."
 _LAYER = "vision_model.encoder.layers.{i}."
 
+_CLIP_RULES = (
+    Rule(f"{_CLIP}embeddings.class_embedding", "cls_token"),
+    Rule(f"{_CLIP}embeddings.patch_embedding.weight", "patch_embed/kernel", CONV),
+    Rule(f"{_CLIP}embeddings.position_embedding.weight", "position_embedding/embedding"),
+    Rule(f"{_CLIP}pre_layrnorm.weight", "pre_norm/scale"),
+    Rule(f"{_CLIP}pre_layrnorm.bias", "pre_norm/bias"),
+    *(
+        rule
+        for flax, torch in (
+            ("query", "q_proj"),
+            ("key", "k_proj"),
+            ("value", "v_proj"),
+            ("out", "out_proj"),
+        )
+        for rule in (
+            Rule(
+                f"{_LAYER}self_attn.{torch}.weight",
+                f"blocks_{{i}}/attention/{flax}/kernel",
+                TRANSPOSE,
+            ),
+            Rule(f"{_LAYER}self_attn.{torch}.bias", f"blocks_{{i}}/attention/{flax}/bias"),
+        )
+    ),
+    *(
+        rule
+        for n in (1, 2)
+        for rule in (
+            Rule(f"{_LAYER}layer_norm{n}.weight", f"blocks_{{i}}/norm{n}/scale"),
+            Rule(f"{_LAYER}layer_norm{n}.bias", f"blocks_{{i}}/norm{n}/bias"),
+            Rule(f"{_LAYER}mlp.fc{n}.weight", f"blocks_{{i}}/mlp/fc{n}/kernel", TRANSPOSE),
+            Rule(f"{_LAYER}mlp.fc{n}.bias", f"blocks_{{i}}/mlp/fc{n}/bias"),
+        )
+    ),
+    Rule(f"{_CLIP}post_layernorm.weight", "final_norm/scale"),
+    Rule(f"{_CLIP}post_layernorm.bias", "final_norm/bias"),
+    Rule("visual_projection.weight", "projection/kernel", TRANSPOSE),
+)
+
+# transformers 5 writes a vision tower of its own without "vision_model.", older releases with it.
 CLIP_VISION = Table(
     name="CLIP vision tower",
-    rules=(
-        Rule(f"{_CLIP}embeddings.class_embedding", "cls_token"),
-        Rule(f"{_CLIP}embeddings.patch_embedding.weight", "patch_embed/kernel", CONV),
-        Rule(f"{_CLIP}embeddings.position_embedding.weight", "position_embedding/embedding"),
-        Rule(f"{_CLIP}pre_layrnorm.weight", "pre_norm/scale"),
-        Rule(f"{_CLIP}pre_layrnorm.bias", "pre_norm/bias"),
-        *(
-            rule
-            for flax, torch in (
-                ("query", "q_proj"),
-                ("key", "k_proj"),
-                ("value", "v_proj"),
-                ("out", "out_proj"),
-            )
-            for rule in (
-                Rule(
-                    f"{_LAYER}self_attn.{torch}.weight",
-                    f"blocks_{{i}}/attention/{flax}/kernel",
-                    TRANSPOSE,
-                ),
-                Rule(f"{_LAYER}self_attn.{torch}.bias", f"blocks_{{i}}/attention/{flax}/bias"),
-            )
-        ),
-        *(
-            rule
-            for n in (1, 2)
-            for rule in (
-                Rule(f"{_LAYER}layer_norm{n}.weight", f"blocks_{{i}}/norm{n}/scale"),
-                Rule(f"{_LAYER}layer_norm{n}.bias", f"blocks_{{i}}/norm{n}/bias"),
-                Rule(f"{_LAYER}mlp.fc{n}.weight", f"blocks_{{i}}/mlp/fc{n}/kernel", TRANSPOSE),
-                Rule(f"{_LAYER}mlp.fc{n}.bias", f"blocks_{{i}}/mlp/fc{n}/bias"),
-            )
-        ),
-        Rule(f"{_CLIP}post_layernorm.weight", "final_norm/scale"),
-        Rule(f"{_CLIP}post_layernorm.bias", "final_norm/bias"),
-        Rule("visual_projection.weight", "projection/kernel", TRANSPOSE),
+    rules=tuple(
+        dataclasses.replace(rule, aliases=(rule.torch.removeprefix(_CLIP),))
+        if rule.torch.startswith(_CLIP)
+        else rule
+        for rule in _CLIP_RULES
     ),
     ignore=(
         r"text_model\..*",
@@ -233,7 +242,7 @@ def dinov2_from_safetensors(source: bytes | str | os.PathLike, config: models.Vi
       ValueError: if the file is broken, or as for `dinov2_from_tensors`.
       FileNotFoundError: if there is no such file.
     """
-    return dinov2_from_tensors(safetensors_file.read(source), config)
+    return dinov2_from_tensors(Snapshot(source), config)
 
 
 def clip_vision_from_safetensors(
@@ -258,4 +267,4 @@ def clip_vision_from_safetensors(
     table = CLIP_VISION
     if config.projection_dim is None:
         table = dataclasses.replace(table, ignore=(*table.ignore, r"visual_projection\.weight"))
-    return to_flax(safetensors_file.read(source), table, models.expected_params(models.ViT(config)))
+    return to_flax(Snapshot(source), table, models.expected_params(models.ViT(config)))

@@ -1,8 +1,13 @@
-"""BERT encoder (arXiv:1810.04805); covers all-MiniLM-L6-v2 (arXiv:2002.10957).
+"""BERT encoder (arXiv:1810.04805); covers all-MiniLM-L6-v2 (arXiv:2002.10957) and RoBERTa.
 
-Post-norm blocks: each residual sum is normalised. There is no pooler: the pooled vector is the
-masked mean of the last hidden state, as sentence-transformers pools MiniLM (arXiv:1908.10084,
-section 3), not L2-normalised.
+Post-norm blocks: each residual sum is normalised. The pooled vector is the masked mean of the last
+hidden state, as sentence-transformers pools MiniLM (arXiv:1908.10084, section 3), not
+L2-normalised; or that of the first token, which classifiers read. BERT's pooler (dense and tanh on
+the first token) is part of the classification head: see `models.SequenceClassifier`.
+
+RoBERTa (arXiv:1907.11692) is the same network with one token type and positions that start at
+padding_idx + 1. They count real tokens by the attention mask; transformers counts the tokens whose id
+is not padding_idx, which is the same wherever padding has that id and nothing else does.
 
 Numerics: activations in `dtype`, parameters in `param_dtype`; layer norms, softmax, means and the
 returned features in float32.
@@ -29,9 +34,12 @@ class BertConfig:
       num_layers: number of blocks.
       num_heads: attention heads; divides `width`.
       mlp_dim: hidden width of each MLP.
-      max_length: longest sequence, the rows of the position table.
+      max_length: longest sequence; see `position_rows`.
       num_token_types: rows of the token-type table.
-      activation: "gelu" (exact) or "quick_gelu".
+      padding_idx: None numbers positions 0, 1, ...; a number counts them from padding_idx + 1 over
+        real tokens and gives padding the position padding_idx, as RoBERTa does.
+      pool: "mean" (over real tokens) or "cls" (the first token).
+      activation: a key of `layers.ACTIVATIONS`; "gelu" is exact.
       layer_norm_eps: epsilon of every layer norm.
       scan: whether the blocks are one scan over stacked parameters; see `models.stacking`.
       dtype: dtype of the activations.
@@ -48,6 +56,8 @@ class BertConfig:
     mlp_dim: int = 3072
     max_length: int = 512
     num_token_types: int = 2
+    padding_idx: int | None = None
+    pool: str = "mean"
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
     scan: bool = False
@@ -71,6 +81,12 @@ class BertConfig:
             problems.append(
                 f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
             )
+        if self.padding_idx is not None and (
+            not isinstance(self.padding_idx, int) or self.padding_idx < 0
+        ):
+            problems.append(f"padding_idx={self.padding_idx!r}: expected None or a number >= 0")
+        if self.pool not in ("cls", "mean"):
+            problems.append(f"pool={self.pool!r}: expected 'cls' or 'mean'")
         if self.activation not in layers.ACTIVATIONS:
             known = ", ".join(sorted(layers.ACTIVATIONS))
             problems.append(f"activation={self.activation!r}: expected one of {known}")
@@ -82,6 +98,21 @@ class BertConfig:
         """Width of the pooled vector."""
         return self.width
 
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table: RoBERTa's first padding_idx + 1 belong to no real token."""
+        return (
+            self.max_length if self.padding_idx is None else self.max_length + self.padding_idx + 1
+        )
+
+
+BERT_BASE = BertConfig(pool="cls")
+"""BERT-base, uncased: 109.48M parameters with the pooler."""
+
+ROBERTA_BASE = BertConfig(
+    vocab_size=50265, num_token_types=1, padding_idx=1, pool="cls", layer_norm_eps=1e-5
+)
+"""RoBERTa-base: 124.06M parameters without a head; the position table has 514 rows."""
 
 MINILM_L6 = BertConfig(width=384, num_layers=6, num_heads=12, mlp_dim=1536)
 """all-MiniLM-L6-v2: 22.6M parameters without the pooler."""
@@ -133,9 +164,9 @@ class Bert(nn.Module):
             with None.
 
         Returns:
-          Features: `pooled` [B, width], the mean of the last hidden state over real tokens (None
-          when the pass stopped early); `layers` [number of blocks run, B, width], the same mean
-          after each block. Both float32; zero for a row without real tokens.
+          Features: `pooled` [B, width], by `config.pool` the mean of the last hidden state over real
+          tokens or its first token (None when the pass stopped early); `layers` [number of blocks
+          run, B, width], the mean after each block. Both float32; a mean over no tokens is zero.
 
         Raises:
           ValueError: if `input_ids` is not [B, L] with L <= max_length, the shapes of its
@@ -143,7 +174,9 @@ class Bert(nn.Module):
         """
         config = self.config
         depth = layers.check_num_layers(num_layers, config.num_layers)
-        input_ids, real, token_types = _check_batch(batch, config)
+        input_ids, real, token_types = layers.check_tokens(
+            batch, config.max_length, optional=("token_type_ids",)
+        )
         dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
 
         def table(name: str, rows: int) -> nn.Embed:
@@ -151,18 +184,20 @@ class Bert(nn.Module):
                 rows, config.width, **dtypes, embedding_init=nn.initializers.normal(0.02), name=name
             )
 
-        position = table("position_embedding", config.max_length)
+        position = table("position_embedding", config.position_rows)
         token_type = table("token_type_embedding", config.num_token_types)
         x = table("word_embedding", config.vocab_size)(input_ids)
-        x = x + position.embedding[: input_ids.shape[1]].astype(config.dtype)
-        # Without token types every token is of type 0, whose row is broadcast.
-        kind = jnp.zeros((), jnp.int32) if token_types is None else token_types
-        x = x + token_type(kind)
+        if config.padding_idx is None:
+            x = x + position.embedding[: input_ids.shape[1]].astype(config.dtype)
+        else:
+            x = x + position(jnp.cumsum(real, axis=1) * real + config.padding_idx)
+        # Without token types every token is of type 0.
+        first_type = token_type.embedding[0].astype(config.dtype)
+        x = x + (first_type if token_types is None else token_type(token_types))
         x = layers.layer_norm(config.layer_norm_eps, name="embedding_norm", **dtypes)(x)
 
         mask = real[:, None, None, :]
-        weight = real.astype(jnp.float32)
-        weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+        weight = layers.mean_weights(real)
 
         def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             x = block(x, mask)
@@ -176,26 +211,6 @@ class Bert(nn.Module):
             depth=depth,
             scan=config.scan,
         )
-        return Features(means[-1] if depth == config.num_layers else None, means)
-
-
-def _check_batch(batch, config):
-    input_ids = jnp.asarray(batch["input_ids"])
-    real = jnp.asarray(batch["attention_mask"]) != 0
-    token_types = batch.get("token_type_ids")
-    problems = []
-    if input_ids.ndim != 2 or not 1 <= input_ids.shape[1] <= config.max_length:
-        problems.append(
-            f"input_ids: shape {input_ids.shape}, "
-            f"expected [B, L] with 1 <= L <= {config.max_length}"
-        )
-    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        problems.append(f"input_ids: dtype {input_ids.dtype}, expected an integer dtype")
-    for name, x in (("attention_mask", real), ("token_type_ids", token_types)):
-        if x is not None and x.shape != input_ids.shape:
-            problems.append(
-                f"{name}: shape {x.shape}, expected that of input_ids {input_ids.shape}"
-            )
-    if problems:
-        raise ValueError("; ".join(problems))
-    return input_ids, real, token_types
+        if depth < config.num_layers:
+            return Features(None, means)
+        return Features(x[:, 0].astype(jnp.float32) if config.pool == "cls" else means[-1], means)

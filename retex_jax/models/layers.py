@@ -5,7 +5,7 @@ activations, so a merger or an offset sees the same matrices as the papers do. N
 take the two-pass variance and, as softmax does, run in float32 whatever `dtype` is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -87,11 +87,13 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: number of heads; divides the width.
+      causal: whether a token attends only to itself and to the tokens before it.
       dtype: dtype of the activations; the softmax is float32.
       param_dtype: dtype of the parameters.
     """
 
     num_heads: int
+    causal: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -115,7 +117,7 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
         query, key, value = (heads(dense(name)(x)) for name in ("query", "key", "value"))
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=self.causal)
         return dense("out")(y.reshape(x.shape))
 
 
@@ -141,6 +143,70 @@ class Mlp(nn.Module):
         x = nn.Dense(self.mlp_dim, dtype=self.dtype, param_dtype=self.param_dtype, name="fc1")(x)
         x = ACTIVATIONS[self.activation](x)
         return nn.Dense(width, dtype=self.dtype, param_dtype=self.param_dtype, name="fc2")(x)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Divides vectors by their Euclidean norm, in float32.
+
+    Args:
+      x: [..., d], a floating dtype.
+
+    Returns:
+      [..., d], float32, of norm 1; shorter where the norm of x is below 1e-12, zero where x is zero.
+    """
+    x = x.astype(jnp.float32)
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+def mean_weights(real: jax.Array) -> jax.Array:
+    """Returns the weights whose sum over tokens is the mean over the real ones.
+
+    Args:
+      real: bool [B, L].
+
+    Returns:
+      [B, L], float32; each row sums to 1, or is zero where no token is real.
+    """
+    weight = real.astype(jnp.float32)
+    return weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+
+
+def check_tokens(
+    batch: Mapping[str, jax.Array], max_length: int, optional: tuple[str, ...] = ()
+) -> tuple:
+    """Checks a batch of token sequences.
+
+    Args:
+      batch: "input_ids" int [B, L], "attention_mask" [B, L], non-zero where a token is real.
+      max_length: longest sequence.
+      optional: names of further entries [B, L] that the batch may hold.
+
+    Returns:
+      input_ids, the attention mask as bool [B, L], then the optional entries (None where absent).
+
+    Raises:
+      ValueError: if `input_ids` is not an integer [B, L] with 1 <= L <= max_length, or the shape of
+        another entry differs from its own.
+    """
+    input_ids = jnp.asarray(batch["input_ids"])
+    real = jnp.asarray(batch["attention_mask"]) != 0
+    others = {name: batch.get(name) for name in optional}
+    problems = []
+    if input_ids.ndim != 2 or not 1 <= input_ids.shape[1] <= max_length:
+        problems.append(
+            f"input_ids: shape {input_ids.shape}, expected [B, L] with 1 <= L <= {max_length}"
+        )
+    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        problems.append(f"input_ids: dtype {input_ids.dtype}, expected an integer dtype")
+    for name, x in {"attention_mask": real, **others}.items():
+        if x is not None and x.shape != input_ids.shape:
+            problems.append(
+                f"{name}: shape {x.shape}, expected that of input_ids {input_ids.shape}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return input_ids, real, *others.values()
 
 
 def check_num_layers(num_layers: int | None, available: int) -> int:

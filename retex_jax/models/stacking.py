@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from retex_jax import tree
 from retex_jax.typing import Params
 
 _BLOCK = re.compile(r"blocks_(\d+)")
@@ -75,7 +76,8 @@ def stack_blocks(params: Params) -> dict:
       Nested dict with "blocks" instead, whose leaves are [num_layers, ...].
 
     Raises:
-      ValueError: if the blocks are not numbered 0, 1, ..., or their leaves differ in name or shape.
+      ValueError: if the blocks are not numbered 0, 1, ..., or their leaves differ in name, shape or
+        dtype from those of the first; all that differ are listed.
     """
     stacked, blocks = {}, {}
     for name, value in params.items():
@@ -87,8 +89,26 @@ def stack_blocks(params: Params) -> dict:
         if sorted(blocks) != list(range(len(blocks))):
             raise ValueError(f"blocks: got the numbers {sorted(blocks)}, expected 0, 1, ...")
         in_order = [blocks[i] for i in range(len(blocks))]
+        _check_alike(in_order)
         stacked[_STACKED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)
     return stacked
+
+
+def _check_alike(blocks: list[Params]) -> None:
+    first, *others = (tree.flatten(block) for block in blocks)
+    problems = []
+    for i, block in enumerate(others, start=1):
+        where = f"{_STACKED}_{i}"
+        problems += [f"{where}/{name}: missing" for name in sorted(first.keys() - block.keys())]
+        problems += [f"{where}/{name}: not in blocks_0" for name in sorted(block.keys() - first)]
+        for name in sorted(first.keys() & block.keys()):
+            want, got = ((x.shape, x.dtype) for x in (first[name], block[name]))
+            if got != want:
+                problems.append(
+                    f"{where}/{name}: {got[1]}{list(got[0])}, expected {want[1]}{list(want[0])}"
+                )
+    if problems:
+        raise ValueError("blocks: " + "; ".join(problems))
 
 
 def unstack_blocks(params: Params) -> dict:

@@ -112,9 +112,10 @@ class ViT(nn.Module):
             with None.
 
         Returns:
-          Features: `pooled` [B, projection_dim or width], after the final norm, and the projection
-          where there is one (None when the pass stopped early); `layers` [number of blocks run, B,
-          width], means over all tokens, the class token among them. Both float32.
+          Features: `pooled` [B, projection_dim or width], after the final norm, the projection where
+          there is one, and L2 normalisation where `config.normalize` asks for it (None when the pass
+          stopped early); `layers` [number of blocks run, B, width], means over all tokens, the class
+          token among them. Both float32.
 
         Raises:
           ValueError: if the image is not [B, image_size, image_size, 3], its dtype is neither uint8
@@ -165,7 +166,8 @@ class ViT(nn.Module):
             pooled = nn.Dense(config.projection_dim, use_bias=False, **dtypes, name="projection")(
                 pooled
             )
-        return Features(pooled.astype(jnp.float32), means)
+        pooled = pooled.astype(jnp.float32)
+        return Features(layers.l2_normalize(pooled) if config.normalize else pooled, means)
 
 
 def normalize_images(image: jax.Array, config: ViTConfig) -> jax.Array:

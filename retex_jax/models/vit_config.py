@@ -29,6 +29,8 @@ class ViTConfig:
       pre_norm: whether the embedded tokens are normalised before the first block.
       patch_bias: whether the patch embedding has a bias.
       projection_dim: width of a bias-free projection of the pooled vector, or None.
+      normalize: whether the pooled vector is divided by its Euclidean norm, last of all. With it,
+        pooled @ kernel + bias of a zero-shot head are CLIP's logits; see `models.zero_shot`.
       layer_norm_eps: epsilon of every layer norm.
       pool: "cls" (class token) or "mean" (over patch tokens), both after the final norm.
       image_mean: mean of each channel, for uint8 images scaled to [0, 1].
@@ -52,6 +54,7 @@ class ViTConfig:
     pre_norm: bool = False
     patch_bias: bool = True
     projection_dim: int | None = None
+    normalize: bool = False
     layer_norm_eps: float = 1e-6
     pool: str = "cls"
     image_mean: tuple[float, float, float] = IMAGENET_MEAN

@@ -1,5 +1,6 @@
 """Tests of the conversion engine on made-up models."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from retex_jax import tree
+from retex_jax import experts, tree
 from retex_jax.convert import engine
 from retex_jax.convert.engine import Rule, Table
 
@@ -191,3 +192,201 @@ def test_every_inverse_undoes_its_transform(data):
         for got, want in ((transform.inverse(y), x), (transform.forward(transform.inverse(y)), y)):
             assert got.shape == want.shape and got.dtype == want.dtype
             assert got.tobytes() == want.tobytes()
+
+
+FUSED = Table(
+    name="fused",
+    rules=(
+        Rule(
+            "h.{i}.qkv.weight",
+            ("blocks_{i}/q/kernel", "blocks_{i}/k/kernel", "blocks_{i}/v/kernel"),
+            engine.split(3, 0, engine.TRANSPOSE),
+        ),
+        Rule("h.{i}.qkv.bias", ("b_{i}/q", "b_{i}/k", "b_{i}/v"), engine.split(3, 0)),
+        Rule("scale", "scale"),
+    ),
+)
+
+
+def fused_tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "h.0.qkv.weight": rng.normal(size=(6, 4)).astype(np.float32),
+        "h.0.qkv.bias": rng.normal(size=6).astype(np.float32),
+        "scale": np.array(2.5, np.float32),
+    }
+
+
+def fused_expected(dtype=np.float32):
+    kernels = {f"blocks_0/{n}/kernel": jax.ShapeDtypeStruct((4, 2), dtype) for n in "qkv"}
+    biases = {f"b_0/{n}": jax.ShapeDtypeStruct((2,), dtype) for n in "qkv"}
+    return {**kernels, **biases, "scale": jax.ShapeDtypeStruct((), dtype)}
+
+
+def test_a_fused_tensor_becomes_several_leaves_and_back():
+    source = fused_tensors()
+    flat = tree.flatten(engine.to_flax(source, FUSED, fused_expected()))
+    np.testing.assert_array_equal(flat["blocks_0/k/kernel"], source["h.0.qkv.weight"][2:4].T)
+    np.testing.assert_array_equal(flat["b_0/v"], source["h.0.qkv.bias"][4:])
+    back = engine.to_torch(flat, FUSED)
+    assert back.keys() == source.keys()
+    assert all(back[n].shape == x.shape and np.array_equal(back[n], x) for n, x in source.items())
+
+
+def test_problems_of_fused_tensors():
+    source = fused_tensors()
+    source["h.0.qkv.weight"] = source["h.0.qkv.weight"][:5]
+    source["h.0.qkv.bias"] = np.zeros(9, np.float32)
+    with pytest.raises(ValueError) as error:
+        engine.to_flax(source, FUSED, fused_expected())
+    text = str(error.value)
+    assert "shape [5, 4] does not fit split_3_transpose" in text
+    assert "h.0.qkv.bias (for b_0/q, b_0/k, b_0/v): shape [9], expected [6]" in text
+    expected = fused_expected()
+    del expected["b_0/k"]
+    with pytest.raises(ValueError, match=r"extra: h\.0\.qkv\.bias holds b_0/k, which the model"):
+        engine.to_flax(fused_tensors(), FUSED, expected)
+    with pytest.raises(ValueError, match=r"missing: h\.0\.qkv\.bias \(for b_0/k\)"):
+        source = {name: x for name, x in fused_tensors().items() if "bias" not in name}
+        engine.to_flax(source, FUSED, fused_expected())
+
+
+def test_to_torch_misses_the_members_of_a_fused_tensor():
+    flat = tree.flatten(engine.to_flax(fused_tensors(), FUSED, fused_expected()))
+    del flat["b_0/q"], flat["b_0/v"]
+    flat["blocks_0/k/kernel"] = flat["blocks_0/k/kernel"].astype(np.float16)
+    with pytest.raises(ValueError) as error:
+        engine.to_torch(flat, FUSED)
+    text = str(error.value)
+    assert "missing: b_0/q (for h.0.qkv.bias); nearest known name: b_0/k" in text
+    assert "missing: b_0/v (for h.0.qkv.bias)" in text and "3 problem(s)" in text
+    assert "does not fit split_3_transpose: dtypes float32, float16, float32" in text
+
+
+def test_a_transform_must_give_as_many_parts_as_the_rule_names():
+    table = Table("toy", (Rule("w", ("a", "b"), engine.split(3, 0)),))
+    expected = {name: jax.ShapeDtypeStruct((2,), np.float32) for name in "ab"}
+    with pytest.raises(ValueError, match=r"misshaped: w .*3 part\(s\) for the 2 of w"):
+        engine.to_flax({"w": np.zeros(6, np.float32)}, table, expected)
+
+
+class Guarded(dict):
+    """Tensors of which only the shapes may be seen."""
+
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+def test_nothing_is_read_before_all_is_checked():
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors().items()}
+    engine.check(shapes, TABLE, expected())
+    with pytest.raises(AssertionError, match="was read"):
+        engine.to_flax(Guarded(shapes), TABLE, expected())
+    for problem in ("token", "layer.0.fc.bias"):
+        wrong = {**shapes, problem: jax.ShapeDtypeStruct((7, 7), np.float32)}
+        with pytest.raises(ValueError, match="misshaped"):
+            engine.to_flax(Guarded(wrong), TABLE, expected())
+        with pytest.raises(ValueError, match="misshaped"):
+            engine.check(wrong, TABLE, expected())
+
+
+def test_shapes_are_checked_without_memory_of_their_size():
+    huge = {"layer.0.fc.weight": jax.ShapeDtypeStruct((2**24, 2**24), np.float32)}
+    with pytest.raises(ValueError, match=r"shape \[16777216, 16777216\], expected \[6, 4\]"):
+        engine.check(huge, TABLE, {"blocks_0/fc/kernel": jax.ShapeDtypeStruct((4, 6), np.float32)})
+
+
+def test_leaves_are_placed_and_cast():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    cut, everywhere = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("x", "y"), ())
+    )
+    seen = {}
+
+    def choose(name, shape):
+        seen[name] = shape
+        return cut if len(shape) == 2 else everywhere
+
+    want = engine.to_flax(fused_tensors(), FUSED, fused_expected(jnp.bfloat16))
+    for sharding in (jax.sharding.SingleDeviceSharding(jax.devices()[1]), everywhere, choose):
+        got = engine.to_flax(fused_tensors(), FUSED, fused_expected(jnp.bfloat16), sharding)
+        chex.assert_trees_all_equal(got, want)
+        kernel = got["blocks_0"]["q"]["kernel"]
+        assert isinstance(kernel, jax.Array) and kernel.dtype == jnp.bfloat16
+        assert kernel.sharding == (cut if sharding is choose else sharding)
+        assert kernel.addressable_shards[0].data.shape == ((2, 1) if sharding is choose else (4, 2))
+    assert seen == {name: x.shape for name, x in tree.flatten(want).items()}
+
+
+def test_results_share_no_memory_with_the_tensors():
+    source = fused_tensors()
+    flat = tree.flatten(engine.to_flax(source, FUSED, fused_expected()))
+    for x in source.values():
+        assert not any(np.shares_memory(x, y) for y in flat.values())
+
+
+def test_a_converted_source_is_read_leaf_by_leaf():
+    models = [fused_tensors(), {name: x + 1 for name, x in fused_tensors().items()}]
+    sources = [engine.ConvertedSource(m, FUSED, fused_expected()) for m in models]
+    want = [tree.flatten(engine.to_flax(m, FUSED, fused_expected())) for m in models]
+    for source, flat in zip(sources, want, strict=True):
+        assert source.leaves == dict(sorted(fused_expected().items()))
+        for name, x in flat.items():
+            np.testing.assert_array_equal(source.read(name), x)
+    source: experts.Source = sources[0]
+    assert source.read("blocks_0/q/kernel").flags.c_contiguous
+
+
+@st.composite
+def random_tables(draw):
+    """A table of random transforms, one rule a transform, with tensors that fit it."""
+    rules, source = [], {}
+    for n in range(draw(st.integers(1, 5))):
+        ndim = draw(st.integers(1, 4))
+        sides = draw(st.tuples(*([st.integers(1, 3)] * ndim)))
+        kind = draw(st.sampled_from(["identity", "permute", "drop", "split", "split_permute"]))
+        axes = tuple(draw(st.permutations(range(ndim))))
+        parts, axis = draw(st.integers(1, 3)), draw(st.integers(-ndim, ndim - 1))
+        flax = f"m_{{i}}/leaf_{n}"
+        if kind == "identity":
+            transform = engine.IDENTITY
+        elif kind == "permute":
+            transform = engine.permute("any", axes)
+        elif kind == "drop":
+            count = draw(st.integers(1, ndim))
+            sides = (1,) * count + sides[count:]
+            transform = engine.drop_leading(count, ndim)
+        else:
+            then = engine.permute("any", axes) if kind == "split_permute" else engine.IDENTITY
+            transform = engine.split(parts, axis, then)
+            sides = tuple(
+                side * parts if place == axis % ndim else side for place, side in enumerate(sides)
+            )
+            flax = tuple(f"m_{{i}}/leaf_{n}/part_{part}" for part in range(parts))
+        rules.append(Rule(f"x.{{i}}.{n}", flax, transform))
+        dtype = draw(st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16, np.int8]))
+        size = int(np.prod(sides)) * np.dtype(dtype).itemsize
+        data = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype)
+        source[f"x.{draw(st.integers(0, 12))}.{n}"] = data.reshape(sides)
+    return Table("random", tuple(rules)), source
+
+
+@settings(deadline=None, max_examples=150)
+@given(random_tables())
+def test_any_table_undoes_itself_bitwise(drawn):
+    table, source = drawn
+    expected = {}
+    for key, x in source.items():
+        rule = next(r for r in table.rules if r.torch.endswith("." + key.split(".")[2]))
+        parts = rule.transform.forward(x)
+        for name, part in zip(
+            rule.members, parts if isinstance(parts, tuple) else [parts], strict=True
+        ):
+            leaf = name.format(i=key.split(".")[1])
+            expected[leaf] = jax.ShapeDtypeStruct(part.shape, part.dtype)
+    back = engine.to_torch(engine.to_flax(source, table, expected), table)
+    assert back.keys() == source.keys()
+    for key, x in source.items():
+        assert back[key].shape == x.shape and back[key].dtype == x.dtype
+        assert back[key].tobytes() == x.tobytes()

@@ -144,3 +144,61 @@ def test_bad_batches(change, message):
 def test_config_lists_all_problems():
     with pytest.raises(ValueError, match=r"width=10: .*; activation='tanh'"):
         models.BertConfig(width=10, num_heads=3, activation="tanh")
+
+
+def test_pool_cls_is_the_first_token_of_the_last_layer():
+    params, batch = random_params(), make_batch()
+    cls, mean = dataclasses.replace(TINY, pool="cls"), TINY
+    got, want = apply(params, batch, cls), apply(params, batch, mean)
+    np.testing.assert_array_equal(got.layers, want.layers)
+    # Of a single token the mean is the first one; of several it is not.
+    one = {name: x[:, :1] for name, x in batch.items()}
+    np.testing.assert_allclose(
+        apply(params, one, cls).pooled, apply(params, one, mean).pooled, rtol=1e-5, atol=1e-6
+    )
+    assert np.abs(got.pooled - want.pooled).max() > 1e-2
+    part = apply(params, batch, cls, 2)
+    assert part.pooled is None
+
+
+def test_roberta_counts_positions_from_the_row_after_padding():
+    config = dataclasses.replace(TINY, padding_idx=1)
+    assert config.position_rows == 10
+    params, batch = random_params(), make_batch()
+    rows = params["position_embedding"]["embedding"]
+    shifted = jnp.concatenate([jnp.full((2, 12), 7.0), rows])
+    moved = {**params, "position_embedding": {"embedding": shifted}}
+    got, want = apply(moved, batch, config), apply(params, batch)
+    np.testing.assert_allclose(got.pooled, want.pooled, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.layers, want.layers, rtol=1e-5, atol=1e-5)
+
+
+def test_roberta_counts_real_tokens_only():
+    config = dataclasses.replace(TINY, padding_idx=0)
+    params = random_params()
+    rows = params["position_embedding"]["embedding"]
+    params["position_embedding"]["embedding"] = jnp.concatenate([rows, rows[:1] + 1])
+    left = {
+        "input_ids": np.array([[0, 0, 5, 6, 7]]),
+        "attention_mask": np.array([[0, 0, 1, 1, 1]]),
+    }
+    right = {name: np.roll(x, -2, axis=1) for name, x in left.items()}
+    np.testing.assert_allclose(
+        apply(params, left, config).pooled, apply(params, right, config).pooled, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [(models.BERT_BASE, 109_482_240), (models.ROBERTA_BASE, 124_645_632)],
+)
+def test_base_models_have_the_published_sizes(config, want):
+    shapes = jax.tree.leaves(models.expected_params(models.Bert(config)))
+    pooler = 768 * 768 + 768
+    assert sum(math.prod(x.shape) for x in shapes) + pooler == want
+
+
+def test_config_of_positions_and_pooling():
+    assert models.ROBERTA_BASE.position_rows == 514
+    with pytest.raises(ValueError, match=r"padding_idx=-1: .*; pool='max'"):
+        models.BertConfig(padding_idx=-1, pool="max")

@@ -33,7 +33,7 @@ def test_layer_norm_keeps_precision_far_from_zero():
     )  # float32 spacing at 1000 is 6e-5, the scale 0.1
 
 
-def attention_reference(params, x, num_heads, real):
+def attention_reference(params, x, num_heads, real, causal):
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
 
     def dense(name, y):
@@ -47,23 +47,42 @@ def attention_reference(params, x, num_heads, real):
         part = slice(h * size, (h + 1) * size)
         logits = query[:, part] @ key[:, part].T / np.sqrt(size)
         logits[:, ~real] = -np.inf
+        if causal:
+            logits[np.triu_indices(tokens, 1)] = -np.inf
         weights = np.exp(logits - logits.max(1, keepdims=True))
         out[:, part] = weights / weights.sum(1, keepdims=True) @ value[:, part]
     return dense("out", out)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_equals_float64_reference(masked):
+@pytest.mark.parametrize(
+    ("masked", "causal"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_attention_equals_float64_reference(masked, causal):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 5, 12)).astype(np.float32)
     real = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool) if masked else np.ones((2, 5), bool)
-    module = layers.Attention(num_heads=3)
+    module = layers.Attention(num_heads=3, causal=causal)
     params = module.init(jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
     got = module.apply({"params": params}, x, real[:, None, None, :] if masked else None)
     for b in range(2):
-        want = attention_reference(params, x[b].astype(np.float64), 3, real[b])
+        want = attention_reference(params, x[b].astype(np.float64), 3, real[b], causal)
         np.testing.assert_allclose(got[b], want, rtol=1e-4, atol=1e-5)
+
+
+def test_l2_normalize():
+    x = jnp.array([[3.0, -4.0], [0.0, 0.0], [3e-6, 4e-6]], jnp.bfloat16)
+    got = layers.l2_normalize(x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, [[0.6, -0.8], [0, 0], [0.6, 0.8]], atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), [1, 0, 1], rtol=1e-6)
+    grad = jax.grad(lambda x: layers.l2_normalize(x).sum())(jnp.zeros((1, 2)))
+    assert np.isfinite(grad).all()
+
+
+def test_mean_weights():
+    real = jnp.array([[True, True, False], [False, False, False]])
+    np.testing.assert_array_equal(layers.mean_weights(real), [[0.5, 0.5, 0], [0, 0, 0]])
 
 
 def test_attention_kernels_are_matrices():
