@@ -10,17 +10,21 @@ def get_config() -> ConfigDict:
             "name": "",  # also of the workdir
             "seed": 0,
             "model": {
-                "name": "dinov2_small",  # see retex_jax.pretrained.NAMES
+                "name": "dinov2_small",  # see retex_jax.pretrained.NAMES; or "huggingface"
                 "options": {},  # fields of the model's configuration that differ from the preset
                 "max_length": 64,  # tokens a text; text models only
             },
             "tasks": (),
             # The most examples in each split.
             "data": {"seed": 0, "max_train": 2000, "max_val": 256, "max_test": 512},
+            # Fine-tuned here; or, where model.name is "huggingface", snapshots: ROOT/OWNER/NAME, the
+            # hub's cache, or the hub.
             "experts": {
                 "root": "",  # where experts lie; "": in the cache folder, made when missing
-                "pretrained": "",  # Hugging Face repository below root, instead of fine-tuning
-                "repositories": (),  # one a task
+                "pretrained": "",  # repository or folder
+                "repositories": (),  # one a task: classifiers, CLIP vision towers or LoRA adapters
+                "templates": ("a photo of a {}.",),  # prompts of CLIP's zero-shot heads
+                "revisions": {},  # repository: commit, to have the same files on every day
             },
             "finetune": {
                 "steps": 100,

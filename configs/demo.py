@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = common.get_config()
     config.name = "demo"
-    config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
+    config.model.options = {"num_layers": 5, "image_size": 56, "pool": "mean"}
     config.tasks = ("optdigits", "mnist_5k", "animals", "cyrillic", "greek")
-    config.identifier.layer = 5
+    config.identifier.layer = 4
     return config

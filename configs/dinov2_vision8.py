@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "cyrillic",
         "greek",
     )
-    config.finetune.steps = 80
+    config.finetune.steps = 200
     config.offsets.extra_ranks = (4, 16)
     config.identifier.layer = 10
     return config

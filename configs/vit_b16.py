@@ -18,8 +18,7 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = common.get_config()
     config.name = "vit_b16"
-    config.model.name = "clip_vit_b16"
-    config.model.options = {"projection_dim": None}
+    config.model.name = "huggingface"
     config.tasks = (
         "sun397",
         "stanford-cars",

@@ -129,7 +129,7 @@ def save_safetensors(
     if wrong:
         raise ValueError(f"metadata: values of {wrong} aren't strings")
     arrays = _as_arrays(tensors)
-    with _replacing(path) as beside:
+    with replacing(path) as beside:
         safetensors.numpy.save_file(arrays, beside, metadata=strings or None)
         beside.chmod(0o666 & ~_umask())  # save_file leaves a file that only its owner can read
     return Path(path).stat().st_size
@@ -146,13 +146,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> int:
     """
     _as_json(str(path), value)
     data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-    with _replacing(path) as beside:
+    with replacing(path) as beside:
         beside.write_bytes(data)
     return len(data)
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a name beside `path`; what is written there takes its place if all goes well."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

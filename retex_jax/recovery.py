@@ -18,8 +18,13 @@ from retex_jax.identifier import subspace
 from retex_jax.typing import Array, Params
 
 Examples = Mapping[str, np.ndarray]
-Head = Mapping[str, Array]
-"""A task's own linear classifier, never merged: "kernel" [d, num_classes] and "bias" [num_classes]."""
+Head = Mapping[str, Any]
+"""A task's own classifier, never merged.
+
+Linear: "kernel" [d, num_classes] and, with some, "bias" [num_classes]. A zero-shot head has a
+"projection" besides (a kernel; its output is L2-normalised). The heads of BERT and RoBERTa have a layer
+before the last, with tanh between: "pooler" and "classifier", or "dense" and "out_proj".
+"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,28 @@ def run(
 
 
 def logits(head: Head, features: Array) -> np.ndarray:
-    """Classifies features [n, d] by a task's head: [n, num_classes], float32."""
-    return np.asarray(features) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    """Classifies features by a task's head.
+
+    Args:
+      head: see `Head`.
+      features: pooled, [n, d], float32.
+
+    Returns:
+      [n, num_classes], float32.
+    """
+    x = np.asarray(features)
+    if "projection" in head:
+        x = _affine(head["projection"], x)
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for hidden, last in (("pooler", "classifier"), ("dense", "out_proj")):
+        if hidden in head:
+            return _affine(head[last], np.tanh(_affine(head[hidden], x)))
+    return _affine(head, x)
+
+
+def _affine(layer: Mapping[str, Array], x: np.ndarray) -> np.ndarray:
+    y = x @ np.asarray(layer["kernel"])
+    return y + np.asarray(layer["bias"]) if "bias" in layer else y
 
 
 def identify(

@@ -50,6 +50,7 @@ PROGRAMS = {
     "preflight",
     "pretrained",
     "probe",
+    "snapshots",
     "train",
 }
 
@@ -105,6 +106,8 @@ def component(name: str) -> str:
     parts = name.split(".")
     if len(parts) == 1:
         return ""
+    if parts[-1] == "__main__":
+        return "command_line"  # a program of its package
     known = CORE | NETS | INFRA | RECOVERY | PROGRAMS
     is_module = (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file()
     return parts[1] if is_module or parts[1] in known else ""

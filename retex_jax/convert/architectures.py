@@ -80,14 +80,14 @@ def _base(name, model_type, module, from_hf, to_hf, table):
     )
 
 
-def _classifier(name, model_type, module, from_hf, to_hf, table, *, kind="linear", **fields):
-    """A backbone with transformers' head for classes of sequences."""
+def _classifier(
+    name, model_type, module, from_hf, to_hf, table, *, kind="linear", use_bias=True, **fields
+):
+    """A backbone with transformers' head for classes."""
 
     def build(hf: Mapping[str, Any], **options: Any) -> nn.Module:
         backbone = module(from_hf(hf, **fields, **options))
-        return models.SequenceClassifier(
-            backbone, _num_labels(hf), head_kind=kind, use_bias=kind != "linear"
-        )
+        return models.SequenceClassifier(backbone, _num_labels(hf), kind, use_bias)
 
     def keys(model: nn.Module) -> dict[str, Any]:
         names = [f"LABEL_{label}" for label in range(model.num_labels)]
@@ -149,6 +149,7 @@ def _decoders(model_type, prefix, from_hf, to_hf, table, classifier):
             headless,
             to_hf,
             classifier,
+            use_bias=False,
         ),
     )
 
@@ -199,6 +200,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             hf_config.dinov2_to_hf,
             vit.DINOV2,
         ),
+        _classifier(
+            "Dinov2ForImageClassification",
+            "dinov2",
+            models.ViT,
+            hf_config.dinov2_from_hf,
+            hf_config.dinov2_to_hf,
+            vit.DINOV2_CLASSIFIER,
+            pool="cls_mean",
+        ),
         _base("BertModel", *_BERT, bert.BERT),
         _classifier(
             "BertForSequenceClassification", *_BERT, bert.BERT_CLASSIFIER, kind="bert", pool="cls"
@@ -213,7 +223,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _base("GPT2LMHeadModel", *_GPT2, gpt2.GPT2),
         _base("GPT2Model", *_GPT2, gpt2.GPT2),
-        _classifier("GPT2ForSequenceClassification", *_GPT2, gpt2.GPT2_CLASSIFIER),
+        _classifier("GPT2ForSequenceClassification", *_GPT2, gpt2.GPT2_CLASSIFIER, use_bias=False),
         *_decoders(
             "llama",
             "Llama",
@@ -293,6 +303,13 @@ def identify(hf: Mapping[str, Any], head: str = "auto") -> Architecture:
     )
 
 
+def headless(architecture: Architecture) -> Architecture:
+    """The class of the backbone of a classifier; of anything else, itself."""
+    if architecture.name.endswith("Classification"):
+        return ARCHITECTURES[_BACKBONES[architecture.model_type]]
+    return architecture
+
+
 def load(
     source: str | os.PathLike[str] | Snapshot,
     *,
@@ -340,11 +357,12 @@ def load(
     return Loaded(wanted, params, architecture, hf)
 
 
-def _resized(snapshot: Snapshot, model: models.ViT) -> dict[str, np.ndarray]:
+def _resized(snapshot: Snapshot, model: nn.Module) -> dict[str, np.ndarray]:
     """Returns DINOv2's tensors with the position grid of the model's image size."""
     tensors = dict(snapshot)
+    vision = model.backbone if isinstance(model, models.SequenceClassifier) else model
     for name in ("embeddings.position_embeddings", "dinov2.embeddings.position_embeddings"):
         if name in tensors and tensors[name].ndim == 3 and len(tensors[name]) == 1:
-            grid = vit.resize_position_grid(tensors[name][0], model.config.grid_side)
+            grid = vit.resize_position_grid(tensors[name][0], vision.config.grid_side)
             tensors[name] = grid[None]
     return tensors

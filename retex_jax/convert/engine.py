@@ -44,6 +44,7 @@ __all__ = [
     "split",
     "to_flax",
     "to_torch",
+    "torch_names",
 ]
 
 
@@ -246,6 +247,24 @@ def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
     return tensors
 
 
+def torch_names(names: Iterable[str], table: Table) -> dict[str, str]:
+    """Says what parameters are called in torch.
+
+    Args:
+      names: Flax leaf names.
+      table: the rules.
+
+    Returns:
+      Flax name -> torch name, of those that are a torch array of their own.
+    """
+    matches = {name: _to_torch_rule(name, table) for name in names}
+    return {
+        name: match[0]
+        for name, match in matches.items()
+        if match and isinstance(match[1].flax, str)
+    }
+
+
 def _match(specs: Mapping, table: Table, expected: Mapping) -> dict[str, tuple[str, Rule, int]]:
     """Returns for each expected name its torch name, the rule and which of its members it is."""
     wanted = {name: match[0] for name in expected if (match := _to_torch_rule(name, table))}
@@ -320,7 +339,9 @@ def _forward(rule: Rule, x: np.ndarray) -> tuple[np.ndarray, ...]:
     return parts
 
 
-def _specs(tensors: Mapping) -> dict:
+def _specs(tensors: Mapping) -> Mapping:
+    if (known := getattr(tensors, "specs", None)) is not None:
+        return known
     specs = {}
     for name, x in tensors.items():
         specs[name] = x if hasattr(x, "shape") and hasattr(x, "dtype") else np.asarray(x)

@@ -21,6 +21,7 @@ from retex_jax.convert.engine import (
     drop_leading,
     to_flax,
 )
+from retex_jax.convert.prefixed import prefixed
 from retex_jax.snapshot import Snapshot
 
 _BLOCK = "encoder.layer.{i}."
@@ -76,6 +77,17 @@ DINOV2 = Table(
     prefixes=("dinov2.",),
 )
 """Hugging Face's Dinov2Model <-> ViT with LayerScale."""
+
+DINOV2_CLASSIFIER = Table(
+    name="DINOv2 classifier",
+    rules=(
+        *prefixed(DINOV2.rules, torch="dinov2.", flax="backbone/"),
+        Rule("classifier.weight", "head/kernel", TRANSPOSE),
+        Rule("classifier.bias", "head/bias"),
+    ),
+    ignore=(r"dinov2\.embeddings\.mask_token",),
+)
+"""Hugging Face's Dinov2ForImageClassification <-> SequenceClassifier of a ViT with pool="cls_mean"."""
 
 _CLIP = "vision_model."
 _LAYER = "vision_model.encoder.layers.{i}."

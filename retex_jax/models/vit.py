@@ -112,7 +112,7 @@ class ViT(nn.Module):
             with None.
 
         Returns:
-          Features: `pooled` [B, projection_dim or width], after the final norm, the projection where
+          Features: `pooled` [B, config.feature_dim], after the final norm, the projection where
           there is one, and L2 normalisation where `config.normalize` asks for it (None when the pass
           stopped early); `layers` [number of blocks run, B, width], means over all tokens, the class
           token among them. Both float32.
@@ -160,6 +160,10 @@ class ViT(nn.Module):
         norm = layers.layer_norm(config.layer_norm_eps, name="final_norm", **dtypes)
         if config.pool == "cls":
             pooled = norm(x[:, 0])
+        elif config.pool == "cls_mean":
+            x = norm(x)
+            mean = jnp.mean(x[:, 1:], axis=1, dtype=jnp.float32).astype(config.dtype)
+            pooled = jnp.concatenate([x[:, 0], mean], axis=-1)
         else:
             pooled = jnp.mean(norm(x[:, 1:]), axis=1, dtype=jnp.float32).astype(config.dtype)
         if config.projection_dim is not None:

@@ -32,7 +32,8 @@ class ViTConfig:
       normalize: whether the pooled vector is divided by its Euclidean norm, last of all. With it,
         pooled @ kernel + bias of a zero-shot head are CLIP's logits; see `models.zero_shot`.
       layer_norm_eps: epsilon of every layer norm.
-      pool: "cls" (class token) or "mean" (over patch tokens), both after the final norm.
+      pool: "cls" (class token), "mean" (over patch tokens) or "cls_mean" (one beside the other), after
+        the final norm.
       image_mean: mean of each channel, for uint8 images scaled to [0, 1].
       image_std: standard deviation of each channel, for the same.
       scan: whether the blocks are one scan over stacked parameters; see `models.stacking`.
@@ -91,8 +92,8 @@ class ViTConfig:
         if self.activation not in layers.ACTIVATIONS:
             known = ", ".join(sorted(layers.ACTIVATIONS))
             problems.append(f"activation={self.activation!r}: expected one of {known}")
-        if self.pool not in ("cls", "mean"):
-            problems.append(f"pool={self.pool!r}: expected 'cls' or 'mean'")
+        if self.pool not in ("cls", "mean", "cls_mean"):
+            problems.append(f"pool={self.pool!r}: expected 'cls', 'mean' or 'cls_mean'")
         if len(self.image_mean) != 3:
             problems.append(f"image_mean={self.image_mean}: expected 3 numbers")
         if len(self.image_std) != 3 or min(self.image_std) <= 0:
@@ -108,7 +109,7 @@ class ViTConfig:
     @property
     def feature_dim(self) -> int:
         """Width of the pooled vector."""
-        return self.projection_dim or self.width
+        return self.projection_dim or self.width * (2 if self.pool == "cls_mean" else 1)
 
 
 DINOV2_SMALL = ViTConfig(patch_size=14, width=384, num_heads=6, mlp_dim=1536, layer_scale=True)
