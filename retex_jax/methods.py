@@ -6,10 +6,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from retex_jax import offsets
 from retex_jax.mergers import MERGERS
+from retex_jax.personalized import dts, emr, svd, t_switch, tall_mask
 from retex_jax.typing import Params
 
 
@@ -24,6 +26,8 @@ class Method:
       needs: the data that `fit` takes: "none", or a description.
       extra_bytes: state -> bytes stored beside one merged model, for all tasks.
       mix: (state, weights [T]) -> params, for methods that can mix experts; else None.
+      paper_amr: state -> additional memory rate a task by the paper's own accounting; None where the
+        paper has none.
     """
 
     fit: Callable[..., Any]
@@ -31,6 +35,7 @@ class Method:
     needs: str
     extra_bytes: Callable[[Any], int]
     mix: Callable[..., Params] | None = None
+    paper_amr: Callable[[Any], float] | None = None
 
 
 def _static(fit: Callable[..., Params]) -> Method:
@@ -39,6 +44,36 @@ def _static(fit: Callable[..., Params]) -> Method:
 
 METHODS: dict[str, Method] = {
     **{name: _static(fit) for name, fit in MERGERS.items()},
+    "svd": Method(svd.fit, svd.recover, "none", svd.extra_bytes, svd.mix),
+    **{
+        name: Method(
+            partial(dts.fit, variant=variant),
+            dts.recover,
+            needs="none",
+            extra_bytes=dts.extra_bytes,
+            mix=dts.mix,
+            paper_amr=dts.paper_amr,
+        )
+        for name, variant in (("dts_t", "task"), ("dts_d", "difference"))
+    },
+    **{
+        name: Method(
+            module.fit,
+            module.recover,
+            needs="none",
+            extra_bytes=module.extra_bytes,
+            mix=module.mix,
+            paper_amr=module.paper_amr,
+        )
+        for name, module in (("emr", emr), ("t_switch", t_switch))
+    },
+    "tall_mask": Method(
+        tall_mask.fit,
+        tall_mask.recover,
+        needs="none",
+        extra_bytes=tall_mask.extra_bytes,
+        paper_amr=tall_mask.paper_amr,
+    ),
     "retex": Method(
         offsets.fit,
         offsets.recover,

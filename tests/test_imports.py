@@ -13,6 +13,7 @@ PACKAGE = Path(retex_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 CORE = {
+    "calibration",
     "",  # retex_jax/__init__.py
     "experts",
     "identifier",

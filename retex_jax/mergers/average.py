@@ -6,14 +6,14 @@ Needs no data and no pretrained model. Computed in float32 and stored in the pre
 import jax
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import merge_leaves
+from retex_jax.mergers.leafwise import merge_leaves, sum_over_tasks
 from retex_jax.typing import Params
 
 
 @jax.jit
 def average_leaf(experts: jax.Array) -> jax.Array:
     """Mean over tasks: [T, *shape] float32 to [*shape]."""
-    return experts.mean(axis=0)
+    return sum_over_tasks(experts) / len(experts)
 
 
 def fit(experts: ExpertSet, *, key: jax.Array | None = None) -> Params:

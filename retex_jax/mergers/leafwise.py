@@ -1,6 +1,7 @@
 """Lifts the form of a merger from one leaf to the whole model, a leaf at a time."""
 
 from collections.abc import Callable
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> 
         else:
             merged[name] = experts.pretrained(name)
     return tree.unflatten(merged)
+
+
+def sum_over_tasks(values: jax.Array) -> jax.Array:
+    """[T, *shape] to [*shape]: one addition after another, as XLA reduces a leading axis slowly on CPU."""
+    return reduce(jnp.add, jnp.unstack(values))
 
 
 def check_finite_number(name: str, value: float) -> None:

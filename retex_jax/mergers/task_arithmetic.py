@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_leaves
+from retex_jax.mergers.leafwise import check_finite_number, merge_leaves, sum_over_tasks
 from retex_jax.typing import Params
 
 
@@ -26,7 +26,7 @@ def task_arithmetic_leaf(
     Returns:
       [*shape], float32.
     """
-    return pretrained + scaling * task_vectors.sum(axis=0)
+    return pretrained + scaling * sum_over_tasks(task_vectors)
 
 
 def fit(experts: ExpertSet, *, key: jax.Array | None = None, scaling: float = 0.3) -> Params:

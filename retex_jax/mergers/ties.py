@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_leaves
+from retex_jax.mergers.leafwise import check_finite_number, merge_leaves, sum_over_tasks
 from retex_jax.typing import Params
 
 _BINS = 1 << 16
@@ -34,7 +34,7 @@ def elect_signs(task_vectors: jax.Array, majority_sign: float | jax.Array) -> ja
     Returns:
       Signs in {-1, +1}, [*shape], float32.
     """
-    signs = jnp.sign(task_vectors.sum(axis=0))
+    signs = jnp.sign(sum_over_tasks(task_vectors))
     return jnp.where(signs == 0, majority_sign, signs)
 
 
@@ -68,10 +68,10 @@ def disjoint_merge(
       The merged task vector, [*shape], float32; 0 where nothing agrees.
     """
     agreeing = jnp.where(task_vectors * signs > 0, task_vectors, 0.0)
-    total = agreeing.sum(axis=0)
+    total = sum_over_tasks(agreeing)
     if merge == "sum":
         return total
-    return total / jnp.maximum((agreeing != 0).sum(axis=0), 1)
+    return total / jnp.maximum(sum_over_tasks((agreeing != 0).astype(jnp.int32)), 1)
 
 
 def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
@@ -115,7 +115,7 @@ def _majority_sign(experts: ExpertSet, limits: jax.Array) -> float:
     total = 0
     for name in experts.float_leaves:
         trimmed = trim(experts.task_vectors(name), limits)
-        total += int(jnp.sign(trimmed.sum(axis=0)).sum(dtype=jnp.int32))
+        total += int(jnp.sign(sum_over_tasks(trimmed)).sum(dtype=jnp.int32))
     return 1.0 if total > 0 else -1.0
 
 
