@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = common.get_config()
     config.name = "demo"
-    config.model.options = {"num_layers": 5, "image_size": 56, "pool": "mean"}
+    config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
     config.tasks = ("optdigits", "mnist_5k", "animals", "cyrillic", "greek")
-    config.identifier.layer = 4
+    config.identifier.layer = 5
+    config.finetune.steps = 90
     return config

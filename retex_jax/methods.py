@@ -42,38 +42,25 @@ def _static(fit: Callable[..., Params]) -> Method:
     return Method(fit, lambda state, task: state, needs="none", extra_bytes=lambda state: 0)
 
 
+def _personalized(module: Any, fit: Callable[..., Any] | None = None) -> Method:
+    return Method(
+        fit or module.fit,
+        module.recover,
+        needs="none",
+        extra_bytes=module.extra_bytes,
+        mix=getattr(module, "mix", None),
+        paper_amr=getattr(module, "paper_amr", None),
+    )
+
+
 METHODS: dict[str, Method] = {
     **{name: _static(fit) for name, fit in MERGERS.items()},
-    "svd": Method(svd.fit, svd.recover, "none", svd.extra_bytes, svd.mix),
-    **{
-        name: Method(
-            partial(dts.fit, variant=variant),
-            dts.recover,
-            needs="none",
-            extra_bytes=dts.extra_bytes,
-            mix=dts.mix,
-            paper_amr=dts.paper_amr,
-        )
-        for name, variant in (("dts_t", "task"), ("dts_d", "difference"))
-    },
-    **{
-        name: Method(
-            module.fit,
-            module.recover,
-            needs="none",
-            extra_bytes=module.extra_bytes,
-            mix=module.mix,
-            paper_amr=module.paper_amr,
-        )
-        for name, module in (("emr", emr), ("t_switch", t_switch))
-    },
-    "tall_mask": Method(
-        tall_mask.fit,
-        tall_mask.recover,
-        needs="none",
-        extra_bytes=tall_mask.extra_bytes,
-        paper_amr=tall_mask.paper_amr,
-    ),
+    "svd": _personalized(svd),
+    "dts_t": _personalized(dts, partial(dts.fit, variant="task")),
+    "dts_d": _personalized(dts, partial(dts.fit, variant="difference")),
+    "emr": _personalized(emr),
+    "t_switch": _personalized(t_switch),
+    "tall_mask": _personalized(tall_mask),
     "retex": Method(
         offsets.fit,
         offsets.recover,

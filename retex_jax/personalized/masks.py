@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.typing import Params
+from retex_jax.typing import Array, Params
 
 
 @jax.jit
@@ -73,7 +73,7 @@ def check_task(task: int | jax.Array, num_tasks: int) -> None:
         raise ValueError(f"task: got {task}, expected 0 to {num_tasks - 1}")
 
 
-def check_weights(weights: jax.Array, num_tasks: int) -> jax.Array:
+def check_weights(weights: Array, num_tasks: int) -> jax.Array:
     """Mixing weights as [T], float32; raises ValueError for another shape."""
     weights = jnp.asarray(weights, jnp.float32)
     if weights.shape != (num_tasks,):

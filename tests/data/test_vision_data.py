@@ -77,8 +77,11 @@ def test_fashion_mnist_reads_idx_files(tmp_path):
 
 
 def test_optdigits_are_digits():
-    pytest.importorskip("sklearn")
+    sklearn = pytest.importorskip("sklearn.datasets")
     digits = vision.optdigits()
+    want = sklearn.load_digits()
+    np.testing.assert_array_equal(digits.contents, np.rint(want.images * 255 / 16).astype(np.uint8))
+    np.testing.assert_array_equal(digits.labels, want.target)
     assert digits.contents.shape == (1797, 8, 8) and digits.contents.max() == 255
     assert np.bincount(digits.labels).min() > 170
 
