@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 10,
                 "checkpoint_every": 100,
             },
+            # Of retex_jax.compare: "all", or names of retex_jax.METHODS joined by commas.
+            "methods": "all",
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.
             "baselines": {
                 "weight_average": {},

@@ -19,5 +19,4 @@ def get_config() -> ConfigDict:
     config.model.options = {"num_layers": 6, "image_size": 56, "pool": "mean"}
     config.tasks = ("optdigits", "mnist_5k", "animals", "cyrillic", "greek")
     config.identifier.layer = 5
-    config.finetune.steps = 90
     return config

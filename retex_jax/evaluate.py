@@ -288,12 +288,17 @@ def print_results(
         ["task", *shown],
         [[name, *(accuracy[name] for accuracy in shown.values())] for name in names],
     )
+    print_methods(rows)
+
+
+def print_methods(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints one line a row of results.json."""
     logging.table(
         "methods",
         ["method", "task", "norm. acc", "AMR", "KiB/task", "ident.", "fit s"],
         [
             [
-                f"{row['method']} {row['variant']}" if row["method"] == "retex" else row["method"],
+                f"{row['method']} {row['variant']}".strip(),
                 "known" if row["task_known"] else "own head" if row["head_known"] else "unknown",
                 row["normalized_accuracy"],
                 row["amr"],

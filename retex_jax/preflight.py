@@ -40,6 +40,7 @@ _REQUIRED = (
     "finetune.warmup_steps",
     "finetune.checkpoint_every",
     "baselines",
+    "methods",
     "offsets.rank",
     "offsets.extra_ranks",
     "offsets.rank_rule",

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -24,21 +24,19 @@ from absl import flags
 from retex_jax import (
     artifact,
     checkpoint,
+    collection,
     command_line,
     data,
     evaluate,
     experiment,
-    finetune,
     logging,
     offsets,
     preflight,
-    pretrained,
     recovery,
     release,
     report,
-    snapshots,
 )
-from retex_jax.experts import ExpertSet, read_safetensors
+from retex_jax.experts import ExpertSet
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
 
@@ -74,10 +72,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         writer = logging.MetricWriter(workdir, **settings["writers"])
 
         with clock("experts"):
-            obtain = open_experts if experiment.from_snapshots(settings) else finetune_experts
-            collection = obtain(settings, backbone, tasks)
-        names, experts, heads = list(collection.heads), collection.experts, collection.heads
-        suite = make_suite(settings, backbone, tasks, collection)
+            collected = collection.collect(settings, backbone, tasks)
+        names, experts, heads = list(collected.heads), collected.experts, collected.heads
+        suite = collection.make_suite(settings, backbone, tasks, collected)
         rows = []
         for method, variant, options in comparisons(settings):
             with clock(phase := f"fit {method} {variant}".strip()):
@@ -111,7 +108,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             "seed": settings["seed"],
             "device": logging.device(),
             "tasks": names,
-            "linear_probe": collection.linear_probe,
+            "linear_probe": collected.linear_probe,
             "rows": rows + unknown_rows,
             "offsets": summary(settings, state.report, seconds),
             "seconds": dict(clock.seconds),
@@ -135,82 +132,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     evaluate.print_results(names, suite.individual, results["rows"])
     tell(workdir, results)
     return results
-
-
-class Collection(NamedTuple):
-    """Experts with what belongs to each, by task name.
-
-    Attributes:
-      experts: their backbones.
-      heads: their classifiers.
-      individual: their test accuracies.
-      linear_probe: test accuracies of the pretrained features; empty where it was not fitted.
-    """
-
-    experts: ExpertSet
-    heads: dict[str, recovery.Head]
-    individual: dict[str, float]
-    linear_probe: dict[str, float]
-
-
-def finetune_experts(
-    settings: experiment.Settings, backbone: pretrained.Backbone, tasks: Sequence[data.Task]
-) -> Collection:
-    """Fine-tunes the experts that are missing, and opens all of them."""
-    directory = experiment.experts_directory(settings)
-    records = finetune.build_experts(
-        backbone,
-        tasks,
-        directory,
-        experiment.finetune_settings(settings),
-        checkpoint_set=experiment.checkpoint_set(settings),
-    )
-    paths = {task.name: directory / f"{task.name}.safetensors" for task in tasks}
-    experts = ExpertSet.from_safetensors(
-        directory / f"{finetune.PRETRAINED}.safetensors",
-        list(paths.values()),
-        names=list(paths),
-        layout="flax",
-        exclude=["^head/"],
-    )
-    return Collection(
-        experts,
-        {name: read_safetensors(path, "^head/")["head"] for name, path in paths.items()},
-        {name: record["accuracy"]["test"] for name, record in records.items()},
-        {name: record["linear_probe"]["test"] for name, record in records.items()},
-    )
-
-
-def open_experts(
-    settings: experiment.Settings, backbone: pretrained.Backbone, tasks: Sequence[data.Task]
-) -> Collection:
-    """Opens the experts of Hugging Face snapshots, and evaluates each."""
-    located = snapshots.locate(settings, offline=True)
-    experts, heads = snapshots.open_experts(located, backbone)
-    headless = [task for task in tasks if heads[task.name] is None]
-    if headless:
-        templates = settings["experts"]["templates"]
-        heads |= snapshots.zero_shot_heads(located.pretrained, headless, templates)
-    collection = Collection(experts, heads, {}, {})
-    suite = make_suite(settings, backbone, tasks, collection)
-    return collection._replace(individual=evaluate.known(suite, experts.expert_params))
-
-
-def make_suite(
-    settings: experiment.Settings,
-    backbone: pretrained.Backbone,
-    tasks: Sequence[data.Task],
-    collection: Collection,
-) -> evaluate.Suite:
-    """What methods are evaluated on."""
-    return evaluate.Suite(
-        backbone.model,
-        tasks,
-        list(collection.heads.values()),
-        collection.individual,
-        settings["evaluate"]["batch_size"],
-        settings["seed"],
-    )
 
 
 def comparisons(settings: experiment.Settings) -> list[tuple[str, str, dict[str, Any]]]:

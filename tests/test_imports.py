@@ -42,6 +42,7 @@ INFRA = {
 }
 RECOVERY = {"recovery", "release"}
 PROGRAMS = {
+    "collection",
     "command_line",
     "compare",
     "evaluate",
