@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             },
             # Of retex_jax.compare: "all", or names of retex_jax.METHODS joined by commas.
             "methods": "all",
+            "method_options": {},  # name: options that differ
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.
             "baselines": {
                 "weight_average": {},
@@ -65,7 +66,10 @@ def get_config() -> ConfigDict:
                 "normalize": False,
                 "num_calibration": 200,  # unlabelled training inputs a task
             },
-            "evaluate": {"batch_size": 64},
+            # Of methods that need data; see retex_jax.calibration.
+            "calibration": {"num_inputs": 256, "batch_size": 16},
+            # routed_inputs: how many test inputs a task, where every input has a merged model of its own.
+            "evaluate": {"batch_size": 64, "routed_inputs": 64},
             # Beside metrics.jsonl; each needs the extra of its name.
             "writers": {"tensorboard": False, "wandb": False},
         }

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from retex_jax import data, evaluate, experiment, finetune, pretrained, recovery, snapshots
+import jax
+import numpy as np
+
+from retex_jax import data, evaluate, experiment, finetune, models, pretrained, recovery, snapshots
+from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet, read_safetensors
+from retex_jax.typing import Batch, Params
 
 
 class Collection(NamedTuple):
@@ -93,4 +98,48 @@ def make_suite(
         collection.individual,
         settings["evaluate"]["batch_size"],
         settings["seed"],
+    )
+
+
+def calibrate(
+    settings: experiment.Settings,
+    backbone: pretrained.Backbone,
+    tasks: Sequence[data.Task],
+    collected: Collection,
+    split: str,
+) -> Calibration:
+    """Inputs without labels of each task, and the model, for methods that need data.
+
+    Args:
+      settings: `calibration` says how many inputs a task, and the batch size.
+      backbone: the model.
+      tasks: with the split.
+      collected: the heads.
+      split: "train"; or "test", for methods that are defined on the inputs that they predict.
+
+    Returns:
+      Batches of the first inputs of the split, which are in random order; what does not fill a batch is
+      left out.
+    """
+    model, heads = backbone.model, list(collected.heads.values())
+    spec = settings["calibration"]
+    read = model.example_batch()
+
+    def features(params: Params, batch: Batch) -> jax.Array:
+        return model.apply({"params": params}, batch).pooled
+
+    def batches(task: data.Task) -> list[dict[str, np.ndarray]]:
+        inputs = {name: array for name, array in task.splits[split].items() if name in read}
+        count = min(spec["num_inputs"], len(task.splits[split]["label"]))
+        size = min(spec["batch_size"], count)
+        return [
+            data.take(inputs, np.arange(start, start + size))
+            for start in range(0, count - size + 1, size)
+        ]
+
+    return Calibration(
+        [batches(task) for task in tasks],
+        features,
+        lambda params, task, batch: recovery.apply_head(heads[task], features(params, batch)),
+        lambda params, batch: models.linear_inputs(model, params, batch),
     )

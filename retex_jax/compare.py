@@ -3,7 +3,8 @@
     python -m retex_jax.compare --config=configs/minilm_text8.py --config.methods=all
     python -m retex_jax.compare --config=configs/demo.py --config.methods=ties,emr,dts_t,retex
 
-The task is known. The workdir (workdirs/NAME_compare by default) receives results.json and report.html with the plot of
+The task is known, but for methods that mix experts by input: these see shuffled inputs of all tasks, and each task's
+own head predicts. The workdir (workdirs/NAME_compare by default) receives results.json and report.html with the plot of
 accuracy against bytes. A method that fails is reported with its error, and the rest go on; the exit status is then 1.
 """
 
@@ -28,7 +29,7 @@ from retex_jax import (
     report,
     tree,
 )
-from retex_jax.methods import METHODS
+from retex_jax.methods import METHODS, NEEDS
 
 ALL = "all"
 
@@ -40,6 +41,11 @@ VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("dare", {"drop": 0.5, "merge": "task_arithmetic"}),
     ("dare", {"drop": 0.5, "merge": "ties"}),
     ("consensus", {}),
+    ("fisher", {"num_samples": 1}),
+    ("regmean", {}),
+    ("adamerging", {"granularity": "task"}),
+    ("adamerging", {"granularity": "layer"}),
+    ("adamerging", {"granularity": "layer", "plus_plus": True}),
     ("svd", {}),
     ("dts_t", {}),
     ("dts_t", {"amr": 0.01}),
@@ -47,6 +53,10 @@ VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("tall_mask", {}),
     ("emr", {}),
     ("t_switch", {}),
+    ("twin", {}),
+    ("dawin", {}),
+    ("smear_frozen", {}),
+    ("wemoe", {}),
 )
 
 
@@ -54,7 +64,8 @@ def plan(settings: experiment.Settings) -> list[tuple[str, str, dict[str, Any]]]
     """What is fitted: (method, variant, options) of each.
 
     Args:
-      settings: `methods` is "all" or names joined by commas; ReTeX comes at `offsets.rank` and
+      settings: `methods` is "all" or names joined by commas; `method_options` has options of a
+        method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank` and
         `offsets.extra_ranks`.
 
     Returns:
@@ -75,7 +86,10 @@ def plan(settings: experiment.Settings) -> list[tuple[str, str, dict[str, Any]]]
         )
     return [
         (method, ", ".join(f"{key}={value}" for key, value in options.items()), dict(options))
-        for method, options in entries
+        for method, options in (
+            (method, {**options, **settings["method_options"].get(method, {})})
+            for method, options in entries
+        )
         if method in names
     ]
 
@@ -106,17 +120,35 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         with clock("experts"):
             collected = collection.collect(settings, backbone, tasks)
         suite = collection.make_suite(settings, backbone, tasks, collected)
+        calibrations = {
+            split: collection.calibrate(settings, backbone, tasks, collected, split)
+            for split in ("train", "test")
+        }
         rows, failed = [], {}
         with logging.progress(len(entries), "methods") as bar:
             for done, (method, variant, options) in enumerate(entries):
                 name = f"{method} {variant}".strip()
                 try:
+                    if split := NEEDS[METHODS[method].needs]:
+                        options["calibration"] = calibrations[split]
                     with clock(phase := f"fit {name}"):
                         state = METHODS[method].fit(collected.experts, key=key, **options)
                         jax.block_until_ready(METHODS[method].recover(state, 0))
                     with clock("evaluate"):
                         seconds = clock.seconds[phase]
-                        rows.append(evaluate.known_row(suite, method, variant, state, seconds))
+                        if METHODS[method].predict is None:
+                            row = evaluate.known_row(suite, method, variant, state, seconds)
+                        else:
+                            row = evaluate.routed_row(
+                                suite,
+                                method,
+                                variant,
+                                state,
+                                calibrations["test"],
+                                settings["evaluate"]["routed_inputs"],
+                                seconds,
+                            )
+                        rows.append(row)
                 except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
                     failed[name] = f"{type(error).__name__}: {error}"
                     logging.warning(f"{name} failed: {failed[name]}")

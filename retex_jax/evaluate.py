@@ -9,6 +9,7 @@ predicts sees the true task.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,6 +219,65 @@ def known_row(
         model_bytes=tree.param_bytes(recover(state, 0)),
         seconds_fit=seconds_fit,
     )
+
+
+def routed_row(
+    suite: Suite,
+    method: str,
+    variant: str,
+    state: Any,
+    model: Any,
+    num_inputs: int,
+    seconds_fit: float,
+) -> dict[str, Any]:
+    """Evaluates a method that mixes experts by input, on shuffled inputs of all tasks with known heads.
+
+    Args:
+      suite: what to evaluate on.
+      method: with `predict`.
+      variant: for the row.
+      state: fitted.
+      model: functions of the model, such as a `Calibration`.
+      num_inputs: of each task's test split, the first.
+      seconds_fit: for the row.
+
+    Returns:
+      A row of results.json.
+    """
+    entry = METHODS[method]
+    tasks = [_first_inputs(task, num_inputs) for task in suite.tasks]
+    mixed = mixed_test(tasks, suite.seed)
+    read = suite.model.example_batch()
+    inputs = {name: array for name, array in mixed.items() if name in read}
+    features = np.concatenate(
+        [
+            np.asarray(entry.predict(state, model, batch))[valid]
+            for batch, valid in data.padded_batches(inputs, suite.batch_size)
+        ]
+    )
+    accuracy = {}
+    for index, task in enumerate(tasks):
+        rows = mixed["task"] == index
+        predictions = recovery.logits(suite.heads[index], features[rows]).argmax(axis=1)
+        accuracy[task.name] = metrics.accuracy(predictions, mixed["label"][rows])
+    return result_row(
+        method,
+        f"{variant}, {num_inputs} inputs a task".removeprefix(", "),
+        accuracy,
+        suite.individual,
+        task_known=False,
+        head_known=True,
+        needs=entry.needs,
+        bytes_per_task=entry.extra_bytes(state) / len(tasks),
+        model_bytes=tree.param_bytes(entry.recover(state, 0)),
+        seconds_fit=seconds_fit,
+    )
+
+
+def _first_inputs(task: data.Task, count: int) -> data.Task:
+    test = task.splits["test"]
+    count = min(count, len(test["label"]))
+    return replace(task, splits={"test": data.take(test, np.arange(count))})
 
 
 def unknown_rows(

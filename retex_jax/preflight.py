@@ -41,6 +41,7 @@ _REQUIRED = (
     "finetune.checkpoint_every",
     "baselines",
     "methods",
+    "method_options",
     "offsets.rank",
     "offsets.extra_ranks",
     "offsets.rank_rule",
@@ -54,7 +55,10 @@ _REQUIRED = (
     "identifier.center",
     "identifier.normalize",
     "identifier.num_calibration",
+    "calibration.num_inputs",
+    "calibration.batch_size",
     "evaluate.batch_size",
+    "evaluate.routed_inputs",
     "writers.tensorboard",
     "writers.wandb",
 )
@@ -186,6 +190,9 @@ def _range_problems(settings: Settings) -> list[str]:
         "finetune.batch_size": 1,
         "finetune.checkpoint_every": 1,
         "evaluate.batch_size": 1,
+        "evaluate.routed_inputs": 1,
+        "calibration.num_inputs": 1,
+        "calibration.batch_size": 1,
         "seed": 0,
         "data.seed": 0,
     }

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import data, models
@@ -72,7 +73,7 @@ def run(
     return np.concatenate(outputs)[np.argsort(order)]
 
 
-def logits(head: Head, features: Array) -> np.ndarray:
+def apply_head(head: Head, features: Array) -> jax.Array:
     """Classifies features by a task's head.
 
     Args:
@@ -82,19 +83,23 @@ def logits(head: Head, features: Array) -> np.ndarray:
     Returns:
       [n, num_classes], float32.
     """
-    x = np.asarray(features)
+    x = jnp.asarray(features)
     if "projection" in head:
-        x = _affine(head["projection"], x)
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        x = models.l2_normalize(_affine(head["projection"], x))
     for hidden, last in (("pooler", "classifier"), ("dense", "out_proj")):
         if hidden in head:
-            return _affine(head[last], np.tanh(_affine(head[hidden], x)))
+            return _affine(head[last], jnp.tanh(_affine(head[hidden], x)))
     return _affine(head, x)
 
 
-def _affine(layer: Mapping[str, Array], x: np.ndarray) -> np.ndarray:
-    y = x @ np.asarray(layer["kernel"])
-    return y + np.asarray(layer["bias"]) if "bias" in layer else y
+def _affine(layer: Mapping[str, Array], x: jax.Array) -> jax.Array:
+    y = jnp.matmul(x, layer["kernel"], precision="highest")
+    return y + layer["bias"] if "bias" in layer else y
+
+
+def logits(head: Head, features: Array) -> np.ndarray:
+    """`apply_head` on the host: [n, num_classes], float32."""
+    return np.asarray(apply_head(head, features))
 
 
 def identify(

@@ -23,6 +23,7 @@ CORE = {
     "metrics",
     "offsets",
     "personalized",
+    "search",
     "snapshot",
     "sources",
     "tree",

@@ -6,6 +6,7 @@ import pytest
 import references
 
 import retex_jax as rtx
+from retex_jax.methods import NEEDS
 
 OPTIONS = {
     "weight_average": {},
@@ -31,9 +32,17 @@ def _expert_set(num_tasks):
 
 
 def test_one_table_lists_them_all():
-    assert set(rtx.METHODS) == set(OPTIONS)
+    assert {name for name, method in rtx.METHODS.items() if method.needs == "none"} == set(OPTIONS)
     for name in rtx.mergers.MERGERS:
         assert rtx.METHODS[name].fit is rtx.mergers.MERGERS[name]
+
+
+# DaWin needs inputs when it predicts, not before.
+@pytest.mark.parametrize("name", sorted(set(rtx.METHODS) - set(OPTIONS) - {"dawin"}))
+def test_methods_that_need_data_say_so(name):
+    assert NEEDS[rtx.METHODS[name].needs] in ("train", "test")
+    with pytest.raises(ValueError, match="calibration: got None"):
+        rtx.METHODS[name].fit(_expert_set(2))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

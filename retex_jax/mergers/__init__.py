@@ -1,6 +1,15 @@
 """Mergers: experts in, one merged model out."""
 
-from retex_jax.mergers import average, consensus, dare, task_arithmetic, ties
+from retex_jax.mergers import (
+    adamerging,
+    average,
+    consensus,
+    dare,
+    fisher,
+    regmean,
+    task_arithmetic,
+    ties,
+)
 
 MERGERS = {
     "weight_average": average.fit,
@@ -9,6 +18,16 @@ MERGERS = {
     "consensus": consensus.fit,
     "dare": dare.fit,
 }
-"""Name to `fit(experts, *, key, ...) -> merged params`; none of them needs data."""
+"""Name to `fit(experts, *, key, ...) -> merged params`; those that need no data, which offsets can be based on."""
 
-__all__ = ["MERGERS", "average", "consensus", "dare", "task_arithmetic", "ties"]
+__all__ = [
+    "MERGERS",
+    "adamerging",
+    "average",
+    "consensus",
+    "dare",
+    "fisher",
+    "regmean",
+    "task_arithmetic",
+    "ties",
+]

@@ -110,7 +110,7 @@ def _select_bin(
     return chosen, at_least[rows, chosen] - counts[rows, chosen]
 
 
-def _majority_sign(experts: ExpertSet, limits: jax.Array) -> float:
+def majority_sign(experts: ExpertSet, limits: jax.Array) -> float:
     """Sign of the sum over the model of the elected signs; -1 when they cancel, as the code does."""
     total = 0
     for name in experts.float_leaves:
@@ -153,11 +153,11 @@ def fit(
     scaling = DEFAULT_SCALING[merge] if scaling is None else scaling
     check_finite_number("scaling", scaling)
     limits = jnp.asarray(thresholds(experts, density))
-    majority_sign = _majority_sign(experts, limits)
+    majority = majority_sign(experts, limits)
 
     def merge_leaf(name: str) -> jax.Array:
         trimmed = trim(experts.task_vectors(name), limits)
-        merged = disjoint_merge(trimmed, elect_signs(trimmed, majority_sign), merge)
+        merged = disjoint_merge(trimmed, elect_signs(trimmed, majority), merge)
         return jnp.asarray(experts.pretrained(name), dtype=jnp.float32) + scaling * merged
 
     return merge_leaves(experts, merge_leaf)

@@ -30,6 +30,8 @@ from retex_jax.models.decoder import (
 )
 from retex_jax.models.features import Features
 from retex_jax.models.gpt2 import GPT2, GPT2_MEDIUM, Gpt2, Gpt2Config
+from retex_jax.models.interception import linear_inputs
+from retex_jax.models.layers import l2_normalize
 from retex_jax.models.rope import RopeScaling
 from retex_jax.models.scoring import ChoiceScores, score_choices
 from retex_jax.models.vit import ViT
@@ -73,6 +75,8 @@ __all__ = [
     "ViTConfig",
     "expected_params",
     "init_params",
+    "l2_normalize",
+    "linear_inputs",
     "score_choices",
     "zero_shot_head",
 ]

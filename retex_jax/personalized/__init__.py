@@ -1,5 +1,15 @@
-"""Personalised merging: what is stored beside one model recovers a model for each task."""
+"""Personalised merging: what is stored beside one model recovers, or mixes, a model for each task or input."""
 
-from retex_jax.personalized import dts, emr, svd, t_switch, tall_mask
+from retex_jax.personalized import dawin, dts, emr, smear, svd, t_switch, tall_mask, twin, wemoe
 
-__all__ = ["dts", "emr", "svd", "t_switch", "tall_mask"]
+__all__ = [
+    "dawin",
+    "dts",
+    "emr",
+    "smear",
+    "svd",
+    "t_switch",
+    "tall_mask",
+    "twin",
+    "wemoe",
+]

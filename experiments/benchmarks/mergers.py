@@ -1,0 +1,270 @@
+"""Mergers on eight synthetic experts of RoBERTa-base's size on disk, beside mergekit on the same files in one run.
+
+    python experiments/benchmarks/mergers.py --folder=/tmp/merge_bench --mergekit=VENV/bin/mergekit-yaml
+
+The experts are made here from a random model and random deltas: synthetic, for time and memory only. Each figure is of
+a process of its own, in turn with the others: whole-process seconds; seconds inside, from opening the files to the
+written result; and the peak of anonymous memory (what files that are mapped into memory take is not counted).
+"read_write" reads every byte of all nine files and writes one model. mergekit 0.1.5 (pip install mergekit==0.1.5, in an
+environment of its own) fails offline when it copies the tokenizer, after the merged model is written. Writes
+experiments/benchmarks/mergers.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+NUM_TASKS = 8
+WIDTH, MLP, LAYERS, VOCABULARY, POSITIONS = 768, 3072, 12, 50265, 514
+METHODS = {
+    "read_write": {},
+    "weight_average": {},
+    "task_arithmetic": {},
+    "ties": {},
+    "dare": {},
+    "emr": {},
+    "dts_t": {},
+}
+MERGEKIT = {
+    "weight_average": ("linear", {"weight": 1.0 / NUM_TASKS}, {}),
+    "task_arithmetic": ("task_arithmetic", {"weight": 1.0}, {"lambda": 0.3, "normalize": False}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.2}, {"lambda": 1.0, "normalize": True}),
+    "dare": ("dare_linear", {"weight": 1.0, "density": 0.5}, {"lambda": 0.3, "normalize": False}),
+}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of transformers' RobertaModel."""
+    made = {
+        "embeddings.word_embeddings.weight": (VOCABULARY, WIDTH),
+        "embeddings.position_embeddings.weight": (POSITIONS, WIDTH),
+        "embeddings.token_type_embeddings.weight": (1, WIDTH),
+        "embeddings.LayerNorm.weight": (WIDTH,),
+        "embeddings.LayerNorm.bias": (WIDTH,),
+    }
+    for layer in range(LAYERS):
+        block = f"encoder.layer.{layer}."
+        for name, (rows, columns) in {
+            "attention.self.query": (WIDTH, WIDTH),
+            "attention.self.key": (WIDTH, WIDTH),
+            "attention.self.value": (WIDTH, WIDTH),
+            "attention.output.dense": (WIDTH, WIDTH),
+            "intermediate.dense": (MLP, WIDTH),
+            "output.dense": (WIDTH, MLP),
+        }.items():
+            made[f"{block}{name}.weight"] = (rows, columns)
+            made[f"{block}{name}.bias"] = (rows,)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            made[f"{block}{name}.weight"] = made[f"{block}{name}.bias"] = (WIDTH,)
+    return made
+
+
+def make_checkpoints(folder: Path) -> None:
+    """Writes a random model and eight experts of it, where they are not there yet."""
+    config = {
+        "model_type": "roberta",
+        "architectures": ["RobertaModel"],
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 1,
+        "torch_dtype": "float32",
+    }
+    for task in range(-1, NUM_TASKS):
+        target = folder / ("base" if task < 0 else f"expert_{task}")
+        if (target / "config.json").is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        base, delta = np.random.default_rng(0), np.random.default_rng(task + 2)
+        tensors = {}
+        for name, shape in shapes().items():
+            x = base.standard_normal(shape, np.float32) * np.float32(0.02)
+            if task >= 0:
+                x += delta.standard_normal(shape, np.float32) * np.float32(0.001)
+            tensors[name] = x
+        safetensors.numpy.save_file(tensors, target / "model.safetensors", {"format": "pt"})
+        (target / "config.json").write_text(json.dumps(config))
+
+
+def paths(folder: Path) -> tuple[Path, list[Path]]:
+    """The base's file and the experts'."""
+    experts = [folder / f"expert_{task}" / "model.safetensors" for task in range(NUM_TASKS)]
+    return folder / "base" / "model.safetensors", experts
+
+
+def read_write(folder: Path, out: Path) -> None:
+    """Touches every byte of all files, and writes one model."""
+    base, experts = paths(folder)
+    total = 0
+    for path in experts:
+        for x in safetensors.numpy.load_file(path).values():
+            total += int(x.view(np.uint32).max())
+    tensors = safetensors.numpy.load_file(base)
+    safetensors.numpy.save_file(tensors, out)
+
+
+def merge(method: str, folder: Path, out: Path) -> None:
+    """Fits one method and writes the merged model, or the state that recovers the experts."""
+    import jax
+
+    from retex_jax import artifact, tree
+    from retex_jax.experts import ExpertSet
+    from retex_jax.methods import METHODS as TABLE
+
+    base, experts = paths(folder)
+    names = [path.parent.name for path in experts]
+    expert_set = ExpertSet.from_safetensors(base, experts, names=names, check_finite=False)
+    state = TABLE[method].fit(expert_set, **METHODS[method])
+    if isinstance(state, dict):
+        tensors = tree.flatten(state)
+    else:
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        tensors = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    artifact.save_safetensors(out, tensors)
+
+
+class AnonymousMemory(threading.Thread):
+    """Samples this process's anonymous memory; `peak` is the largest seen, bytes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        """Samples until the process ends."""
+        while True:
+            self.peak = max(self.peak, anonymous_bytes(os.getpid()))
+            time.sleep(0.005)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process, 0 once it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def worker(method: str, folder: Path) -> None:
+    """One measured process: prints seconds inside and peak anonymous memory as JSON."""
+    memory = AnonymousMemory()
+    memory.start()
+    started = time.perf_counter()
+    out = folder / "merged.safetensors"
+    if method == "read_write":
+        read_write(folder, out)
+    else:
+        merge(method, folder, out)
+    inside = time.perf_counter() - started
+    out.unlink()
+    print(json.dumps({"inside_seconds": inside, "peak_anonymous_bytes": memory.peak}))
+
+
+def run_ours(method: str, folder: Path) -> dict[str, float]:
+    """Measures one of our methods in a process of its own."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", method, "--folder", str(folder)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    inside = json.loads(done.stdout.splitlines()[-1])
+    return {"process_seconds": time.perf_counter() - started, **inside}
+
+
+def run_mergekit(program: Path, method: str, folder: Path) -> dict[str, float]:
+    """Measures mergekit; its exit status does not count once the model is written."""
+    name, model_options, options = MERGEKIT[method]
+    config = {
+        "merge_method": name,
+        "dtype": "float32",
+        "models": [
+            {"model": str(folder / f"expert_{task}"), "parameters": model_options}
+            for task in range(NUM_TASKS)
+        ],
+        "parameters": options,
+    }
+    if name != "linear":
+        config["base_model"] = str(folder / "base")
+    (folder / "mergekit.yml").write_text(json.dumps(config))  # JSON is YAML
+    out = folder / "mergekit_out"
+    peak, started = 0, time.perf_counter()
+    with subprocess.Popen(
+        [program, folder / "mergekit.yml", out, "--allow-crimes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        text=True,
+    ) as process:
+        drain = threading.Thread(target=process.stdout.read, daemon=True)
+        drain.start()
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.005)
+    seconds = time.perf_counter() - started
+    written = list(out.glob("*.safetensors"))
+    if not written:
+        raise RuntimeError(f"mergekit {name} wrote no model")
+    for path in written:
+        path.unlink()
+    return {"process_seconds": seconds, "peak_anonymous_bytes": peak}
+
+
+def medians(run: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
+    """The median of each figure over runs."""
+    measured = [run() for _ in range(repeats)]
+    return {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
+
+
+def main() -> None:
+    """Makes the checkpoints, measures everything in turn, prints a table and writes the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="5 GB of space")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml; left out when not given")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.folder)
+        return
+    from retex_jax import logging
+
+    make_checkpoints(args.folder)
+    results = {
+        "commit": logging.commit(),
+        "device": logging.device(),
+        "cores": os.cpu_count(),
+        "model_bytes": paths(args.folder)[0].stat().st_size,
+        "ours": {},
+        "mergekit": {},
+    }
+    for method in METHODS:
+        results["ours"][method] = medians(lambda m=method: run_ours(m, args.folder), args.repeats)
+        print(method, results["ours"][method])
+        if args.mergekit and method in MERGEKIT:
+            results["mergekit"][method] = medians(
+                lambda m=method: run_mergekit(args.mergekit, m, args.folder), args.repeats
+            )
+            print("  mergekit", results["mergekit"][method])
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
