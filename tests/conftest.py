@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
 
 hypothesis.settings.register_profile(
     "tests",
