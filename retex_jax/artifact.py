@@ -6,11 +6,10 @@ belong together are refused. All writers here write beside and rename: a reader 
 the new one.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
+
+from retex_jax import files
 
 SCHEMA = 1
 TENSORS = "artifact.safetensors"
@@ -129,9 +130,7 @@ def save_safetensors(
     if wrong:
         raise ValueError(f"metadata: values of {wrong} aren't strings")
     arrays = _as_arrays(tensors)
-    with replacing(path) as beside:
-        safetensors.numpy.save_file(arrays, beside, metadata=strings or None)
-        beside.chmod(0o666 & ~_umask())  # save_file leaves a file that only its owner can read
+    files.write_safetensors(path, arrays, strings or None)
     return Path(path).stat().st_size
 
 
@@ -146,38 +145,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> int:
     """
     _as_json(str(path), value)
     data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-    with replacing(path) as beside:
+    with files.replacing(path) as beside:
         beside.write_bytes(data)
     return len(data)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a name beside `path`; what is written there takes its place if all goes well."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        _flush(beside)
-        os.replace(beside, path)
-        _flush(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    """Flushes a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -106,20 +106,19 @@ def calibrate(
     backbone: pretrained.Backbone,
     tasks: Sequence[data.Task],
     collected: Collection,
-    split: str,
-) -> Calibration:
+) -> dict[str, Calibration]:
     """Inputs without labels of each task, and the model, for methods that need data.
 
     Args:
       settings: `calibration` says how many inputs a task, and the batch size.
       backbone: the model.
-      tasks: with the split.
+      tasks: with splits "train" and "test".
       collected: the heads.
-      split: "train"; or "test", for methods that are defined on the inputs that they predict.
 
     Returns:
-      Batches of the first inputs of the split, which are in random order; what does not fill a batch is
-      left out.
+      "train"; and "test", for methods that are defined on the inputs that they predict: batches of the
+      first inputs of the split, which are in random order; what does not fill a batch is left out. Both have
+      the same functions, so that what is compiled for one serves the other.
     """
     model, heads = backbone.model, list(collected.heads.values())
     spec = settings["calibration"]
@@ -128,7 +127,13 @@ def calibrate(
     def features(params: Params, batch: Batch) -> jax.Array:
         return model.apply({"params": params}, batch).pooled
 
-    def batches(task: data.Task) -> list[dict[str, np.ndarray]]:
+    def logits(params: Params, task: int, batch: Batch) -> jax.Array:
+        return recovery.apply_head(heads[task], features(params, batch))
+
+    def linear_inputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        return models.linear_inputs(model, params, batch)
+
+    def batches(task: data.Task, split: str) -> list[dict[str, np.ndarray]]:
         inputs = {name: array for name, array in task.splits[split].items() if name in read}
         count = min(spec["num_inputs"], len(task.splits[split]["label"]))
         size = min(spec["batch_size"], count)
@@ -137,9 +142,9 @@ def calibrate(
             for start in range(0, count - size + 1, size)
         ]
 
-    return Calibration(
-        [batches(task) for task in tasks],
-        features,
-        lambda params, task, batch: recovery.apply_head(heads[task], features(params, batch)),
-        lambda params, batch: models.linear_inputs(model, params, batch),
-    )
+    return {
+        split: Calibration(
+            [batches(task, split) for task in tasks], features, logits, linear_inputs
+        )
+        for split in ("train", "test")
+    }

@@ -120,10 +120,7 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         with clock("experts"):
             collected = collection.collect(settings, backbone, tasks)
         suite = collection.make_suite(settings, backbone, tasks, collected)
-        calibrations = {
-            split: collection.calibrate(settings, backbone, tasks, collected, split)
-            for split in ("train", "test")
-        }
+        calibrations = collection.calibrate(settings, backbone, tasks, collected)
         rows, failed = [], {}
         with logging.progress(len(entries), "methods") as bar:
             for done, (method, variant, options) in enumerate(entries):

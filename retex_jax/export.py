@@ -23,6 +23,7 @@ from retex_jax import (
     command_line,
     data,
     experiment,
+    files,
     logging,
     lora,
     models,
@@ -70,16 +71,17 @@ def export_model(released: release.Release, task: str, out: Path) -> list[str]:
         model = architecture.from_hf(hf_config)
         if isinstance(model, models.SequenceClassifier):
             params, head = {"backbone": params, "head": head}, None
-    files = companion_files(released.metadata["settings"])
+    companions = companion_files(released.metadata["settings"])
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with artifact.replacing(out / name) as beside:
+    for name, content in companions.items():
+        with files.replacing(out / name) as beside:
             beside.write_bytes(content)
+    written = ["config.json", "model.safetensors", *companions]
     if head is not None:
         artifact.save_safetensors(out / HEAD_FILE, tree.flatten({"head": head}))
-        files[HEAD_FILE] = b""
+        written.append(HEAD_FILE)
     export(out, model, params, architecture, hf_config)
-    return ["config.json", "model.safetensors", *files]
+    return written
 
 
 def export_adapter(

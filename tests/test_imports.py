@@ -16,6 +16,7 @@ CORE = {
     "calibration",
     "",  # retex_jax/__init__.py
     "experts",
+    "files",
     "identifier",
     "lora",
     "mergers",

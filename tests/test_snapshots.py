@@ -80,7 +80,7 @@ def test_run_names_its_experts(run):
     assert results["linear_probe"] == {}
 
 
-def test_recovered_at_full_rank_is_the_expert(run):
+def test_experts_are_read_as_they_lie(run):
     root, *_, backbone, _ = run
     located = snapshots.Located(root / "owner/base", {n: root / "owner" / n for n in tiny.NAMES})
     experts, heads = snapshots.open_experts(located, backbone)

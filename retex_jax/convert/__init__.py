@@ -26,9 +26,7 @@ from retex_jax.convert.roberta import ROBERTA, ROBERTA_CLASSIFIER
 from retex_jax.convert.vit import (
     CLIP_VISION,
     DINOV2,
-    clip_vision_from_safetensors,
     dinov2_from_onnx,
-    dinov2_from_safetensors,
     resize_position_grid,
 )
 from retex_jax.snapshot import Snapshot
@@ -59,10 +57,8 @@ __all__ = [
     "bert_from_safetensors",
     "causal_classifier",
     "check",
-    "clip_vision_from_safetensors",
     "decoder_table",
     "dinov2_from_onnx",
-    "dinov2_from_safetensors",
     "resize_position_grid",
     "to_flax",
     "to_torch",

@@ -346,7 +346,10 @@ def load(
         architecture = identify(hf, head)
         wanted = architecture.from_hf(hf, **fields)
         model = architecture.from_hf(hf, **{**fields, "scan": False})
-        tensors = _resized(snapshot, model) if architecture.model_type == "dinov2" else snapshot
+        tensors: Mapping[str, np.ndarray] = snapshot
+        if architecture.model_type == "dinov2":
+            vision = model.backbone if isinstance(model, models.SequenceClassifier) else model
+            tensors = vit.with_grid(snapshot, vision.config.grid_side)
         params = to_flax(
             tensors, architecture.table(model), models.expected_params(model), sharding
         )
@@ -355,14 +358,3 @@ def load(
     if fields.get("scan"):
         params = stacking.stack_blocks(params)
     return Loaded(wanted, params, architecture, hf)
-
-
-def _resized(snapshot: Snapshot, model: nn.Module) -> dict[str, np.ndarray]:
-    """Returns DINOv2's tensors with the position grid of the model's image size."""
-    tensors = dict(snapshot)
-    vision = model.backbone if isinstance(model, models.SequenceClassifier) else model
-    for name in ("embeddings.position_embeddings", "dinov2.embeddings.position_embeddings"):
-        if name in tensors and tensors[name].ndim == 3 and len(tensors[name]) == 1:
-            grid = vit.resize_position_grid(tensors[name][0], vision.config.grid_side)
-            tensors[name] = grid[None]
-    return tensors

@@ -8,9 +8,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import safetensors.numpy
 
-from retex_jax import tree
+from retex_jax import files, tree
 from retex_jax.convert.architectures import Architecture
 from retex_jax.convert.engine import to_torch
 from retex_jax.models import stacking
@@ -47,12 +46,9 @@ def export(
     config.pop("torch_dtype", None)
     config["dtype"] = jnp.result_type(*(x.dtype for x in tensors.values())).name
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f".{SINGLE}.partial"
-    safetensors.numpy.save_file(tensors, weights, {"format": "pt"})
-    text = folder / f".{CONFIG}.partial"
-    text.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(weights, folder / SINGLE)
-    os.replace(text, folder / CONFIG)
+    files.write_safetensors(folder / SINGLE, tensors, {"format": "pt"})
+    with files.replacing(folder / CONFIG) as beside:
+        beside.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _merged_config(source: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ files on the hub have them; DINOv2's newer spelling (q_proj, k_proj, v_proj, o_p
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,7 +21,6 @@ from retex_jax.convert.engine import (
     to_flax,
 )
 from retex_jax.convert.prefixed import prefixed
-from retex_jax.snapshot import Snapshot
 
 _BLOCK = "encoder.layer.{i}."
 
@@ -195,6 +193,16 @@ def _bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
     return weights
 
 
+def with_grid(tensors: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray]:
+    """Returns DINOv2's tensors with a position grid of another side; see `resize_position_grid`."""
+    tensors = dict(tensors)
+    for key in ("embeddings.position_embeddings", "dinov2.embeddings.position_embeddings"):
+        x = tensors.get(key)
+        if x is not None and x.ndim == 3 and len(x) == 1:
+            tensors[key] = resize_position_grid(np.asarray(x[0]), side)[None]
+    return tensors
+
+
 def dinov2_from_tensors(tensors: Mapping[str, np.ndarray], config: models.ViTConfig) -> dict:
     """Converts tensors with Dinov2Model's names.
 
@@ -210,11 +218,7 @@ def dinov2_from_tensors(tensors: Mapping[str, np.ndarray], config: models.ViTCon
       ValueError: listing every tensor that is missing, extra, duplicate or misshaped.
     """
     kept = {key: x for key, x in tensors.items() if _block_index(key) < config.num_layers}
-    for key in kept:
-        if key.removeprefix("dinov2.") == "embeddings.position_embeddings":
-            x = np.asarray(kept[key])
-            if x.ndim == 3 and len(x) == 1:
-                kept[key] = resize_position_grid(x[0], config.grid_side)[None]
+    kept = with_grid(kept, config.grid_side)
     return to_flax(kept, DINOV2, models.expected_params(models.ViT(config)))
 
 
@@ -238,45 +242,3 @@ def dinov2_from_onnx(data: bytes, config: models.ViTConfig) -> dict:
       RuntimeError: if the `onnx` package is not installed.
     """
     return dinov2_from_tensors(onnx_dinov2.read_onnx_backbone(data), config)
-
-
-def dinov2_from_safetensors(source: bytes | str | os.PathLike, config: models.ViTConfig) -> dict:
-    """Reads a DINOv2 backbone from safetensors, such as a snapshot of facebook/dinov2-small.
-
-    Args:
-      source: the file's content, the file, or the folder that holds model.safetensors.
-      config: as for `dinov2_from_tensors`.
-
-    Returns:
-      Params of `models.ViT(config)`.
-
-    Raises:
-      ValueError: if the file is broken, or as for `dinov2_from_tensors`.
-      FileNotFoundError: if there is no such file.
-    """
-    return dinov2_from_tensors(Snapshot(source), config)
-
-
-def clip_vision_from_safetensors(
-    source: bytes | str | os.PathLike, config: models.ViTConfig
-) -> dict:
-    """Reads CLIP's vision tower from safetensors.
-
-    Args:
-      source: the file's content, the file, or the folder that holds model.safetensors: of a whole
-        CLIPModel, or of a vision model with or without its projection.
-      config: its image size must be the file's. Where `projection_dim` is None a projection is read
-        past.
-
-    Returns:
-      Params of `models.ViT(config)`.
-
-    Raises:
-      ValueError: if the file is broken, or listing every tensor that is missing, extra, duplicate
-        or misshaped.
-      FileNotFoundError: if there is no such file.
-    """
-    table = CLIP_VISION
-    if config.projection_dim is None:
-        table = dataclasses.replace(table, ignore=(*table.ignore, r"visual_projection\.weight"))
-    return to_flax(Snapshot(source), table, models.expected_params(models.ViT(config)))

@@ -9,15 +9,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from retex_jax import tree
+from retex_jax import files, tree
 from retex_jax.lora.config import CONFIG_FILE
 from retex_jax.lora.source import TENSORS_FILE
 from retex_jax.typing import Array, FlatParams
@@ -157,20 +156,9 @@ def save_adapter(
     arrays = {key: np.ascontiguousarray(array) for key, array in sorted(tensors.items())}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.numpy.save(arrays, {"format": "pt"})
-    _replace(folder / TENSORS_FILE, lambda path: path.write_bytes(data))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write_safetensors(folder / TENSORS_FILE, arrays, {"format": "pt"})
+    with files.replacing(folder / CONFIG_FILE) as beside:
+        beside.write_text(text)
 
 
 def _torch_names(

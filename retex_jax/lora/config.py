@@ -1,11 +1,12 @@
 """What an adapter_config.json of PEFT says about the numbers, and what in it can't be read here."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from retex_jax.snapshot import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -68,7 +69,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str]]:
     """
     path = folder / CONFIG_FILE
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable adapter configuration: {error}") from error
     if not isinstance(fields, dict):

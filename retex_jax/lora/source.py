@@ -18,6 +18,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.lora.config import LoraConfig, read_config
+from retex_jax.snapshot import pickle_refusal
 from retex_jax.sources import SafetensorsSource, Source
 from retex_jax.typing import Array
 
@@ -226,11 +227,7 @@ def _open(folder: Path) -> SafetensorsSource:
     if path.is_file():
         return SafetensorsSource(path)
     if (folder / PICKLE_FILE).is_file():
-        raise ValueError(
-            f"{folder / PICKLE_FILE} is a pickle, which can run any code when it is read. Where you "
-            "trust it, convert it: tensors = torch.load(path, weights_only=True); "
-            f"safetensors.torch.save_file(tensors, {TENSORS_FILE!r})"
-        )
+        raise ValueError(pickle_refusal([folder / PICKLE_FILE], TENSORS_FILE))
     raise ValueError(f"{folder}: has no {TENSORS_FILE}")
 
 

@@ -66,32 +66,23 @@ class BertConfig:
 
     def __post_init__(self):
         """Normalises dtypes and checks every field."""
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
-        problems = layers.positive_problems(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            max_length=self.max_length,
-            num_token_types=self.num_token_types,
+        problems = layers.check_config(
+            self,
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "max_length",
+            "num_token_types",
         )
-        if not problems and self.width % self.num_heads:
-            problems.append(
-                f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
-            )
         if self.padding_idx is not None and (
             not isinstance(self.padding_idx, int) or self.padding_idx < 0
         ):
             problems.append(f"padding_idx={self.padding_idx!r}: expected None or a number >= 0")
         if self.pool not in ("cls", "mean"):
             problems.append(f"pool={self.pool!r}: expected 'cls' or 'mean'")
-        if self.activation not in layers.ACTIVATIONS:
-            known = ", ".join(sorted(layers.ACTIVATIONS))
-            problems.append(f"activation={self.activation!r}: expected one of {known}")
-        if problems:
-            raise ValueError("BertConfig: " + "; ".join(problems))
+        layers.raise_problems(self, problems)
 
     @property
     def feature_dim(self) -> int:

@@ -1,9 +1,9 @@
 """What the causal language models share: tokens, masks, the key-value cache and the entry points.
 
 A model (`Gpt2`, `Decoder`) gives two methods, `states` (hidden states of new tokens, after those of
-a cache if there is one) and `logits` (of hidden states). The functions here turn them into the four
-entry points that each model has: features, the logits of whole sequences, and the two halves of
-scoring with a cache.
+a cache if there is one) and `logits` (of hidden states). `CausalLM` turns them into the four entry
+points that each model has: features, the logits of whole sequences, and the two halves of scoring
+with a cache.
 
 The position of a token is the number of real tokens before it, so padding takes no position.
 Numerics: logits, means and returned features in float32 whatever the dtype of the activations is;
@@ -176,85 +176,91 @@ def tied_logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
     )
 
 
-def features(model: nn.Module, batch: dict[str, jax.Array], num_layers: int | None) -> Features:
-    """Computes the features of a batch of token sequences.
+class CausalLM(nn.Module):
+    """The entry points of a causal language model.
 
-    Args:
-      model: bound to its parameters.
-      batch: as for `read_batch`, right-padded.
-      num_layers: stop after this many blocks; None runs all. Parameters can only be initialised
-        with None.
-
-    Returns:
-      Features: `pooled` [B, d], the hidden state of the last real token after the final norm (None
-      when the pass stopped early); `layers` [number of blocks run, B, d], the mean over real tokens
-      after each block. Both float32; zero for a row without real tokens.
-
-    Raises:
-      ValueError: as `read_batch`, or if `num_layers` is not in 1..config.num_layers.
+    A model that derives from it has a field `config` and gives `states(tokens, cache=None, depth=None)`,
+    which returns what `run_blocks` does with the hidden state after the final norm, and
+    `logits(hidden)`.
     """
-    depth = layers.check_num_layers(num_layers, model.config.num_layers)
-    tokens = read_batch(batch, model.config.max_length)
-    hidden, means, _ = model.states(tokens, depth=depth)
-    if depth < model.config.num_layers:
-        return Features(None, means)
-    pooled = last_real(hidden, tokens.real).astype(jnp.float32)
-    return Features(jnp.where(jnp.any(tokens.real, axis=1, keepdims=True), pooled, 0), means)
 
+    def example_batch(self) -> dict[str, jax.Array]:
+        """Returns a batch of one token, for `init` and `jax.eval_shape`."""
+        token = jnp.zeros((1, 1), jnp.int32)
+        return {"input_ids": token, "attention_mask": token + 1}
 
-def lm_logits(model: nn.Module, batch: dict[str, jax.Array]) -> jax.Array:
-    """Computes the next-token logits of whole sequences.
+    def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
+        """Computes the features of a batch of token sequences.
 
-    Args:
-      model: bound to its parameters.
-      batch: as for `read_batch`, right-padded.
+        Args:
+          batch: as for `read_batch`, right-padded.
+          num_layers: stop after this many blocks; None runs all. Parameters can only be initialised
+            with None.
 
-    Returns:
-      [B, L, vocab_size], float32; of no use where a token is padding.
+        Returns:
+          Features: `pooled` [B, d], the hidden state of the last real token after the final norm (None
+          when the pass stopped early); `layers` [number of blocks run, B, d], the mean over real tokens
+          after each block. Both float32; zero for a row without real tokens.
 
-    Raises:
-      ValueError: as `read_batch`, or if the model has no head.
-    """
-    tokens = read_batch(batch, model.config.max_length)
-    return model.logits(model.states(tokens)[0])
+        Raises:
+          ValueError: as `read_batch`, or if `num_layers` is not in 1..config.num_layers.
+        """
+        depth = layers.check_num_layers(num_layers, self.config.num_layers)
+        tokens = read_batch(batch, self.config.max_length)
+        hidden, means, _ = self.states(tokens, depth=depth)
+        if depth < self.config.num_layers:
+            return Features(None, means)
+        pooled = last_real(hidden, tokens.real).astype(jnp.float32)
+        return Features(jnp.where(jnp.any(tokens.real, axis=1, keepdims=True), pooled, 0), means)
 
+    def lm_logits(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Computes the next-token logits of whole sequences.
 
-def prefill(model: nn.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, Cache]:
-    """Reads prompts into a cache.
+        Args:
+          batch: as for `read_batch`, right-padded.
 
-    Args:
-      model: bound to its parameters.
-      batch: as for `read_batch`, right-padded.
+        Returns:
+          [B, L, vocab_size], float32; of no use where a token is padding.
 
-    Returns:
-      The logits after the last real token of each prompt, [B, vocab_size] in float32 (of no use for
-      a row without real tokens), and the cache.
+        Raises:
+          ValueError: as `read_batch`, or if the model has no head.
+        """
+        tokens = read_batch(batch, self.config.max_length)
+        return self.logits(self.states(tokens)[0])
 
-    Raises:
-      ValueError: as `lm_logits`.
-    """
-    tokens = read_batch(batch, model.config.max_length)
-    hidden, _, (keys, values) = model.states(tokens)
-    return model.logits(last_real(hidden, tokens.real)), Cache(keys, values, tokens.real)
+    def prefill(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, Cache]:
+        """Reads prompts into a cache.
 
+        Args:
+          batch: as for `read_batch`, right-padded.
 
-def extend(model: nn.Module, cache: Cache, tokens: Tokens) -> jax.Array:
-    """Computes the next-token logits of tokens that follow those of a cache.
+        Returns:
+          The logits after the last real token of each prompt, [B, vocab_size] in float32 (of no use for
+          a row without real tokens), and the cache.
 
-    Args:
-      model: bound to its parameters.
-      cache: of `prefill`.
-      tokens: the new tokens; their mask is [B, 1, T, S + T] and their positions are less than
-        config.max_length (not checked).
+        Raises:
+          ValueError: as `lm_logits`.
+        """
+        tokens = read_batch(batch, self.config.max_length)
+        hidden, _, (keys, values) = self.states(tokens)
+        return self.logits(last_real(hidden, tokens.real)), Cache(keys, values, tokens.real)
 
-    Returns:
-      [B, T, vocab_size], float32.
+    def extend(self, cache: Cache, tokens: Tokens) -> jax.Array:
+        """Computes the next-token logits of tokens that follow those of a cache.
 
-    Raises:
-      ValueError: if the shape of the mask does not fit.
-    """
-    batch, new = tokens.input_ids.shape
-    expected = (batch, 1, new, cache.real.shape[1] + new)
-    if tokens.mask.shape != expected:
-        raise ValueError(f"mask: shape {tokens.mask.shape}, expected {expected}")
-    return model.logits(model.states(tokens, cache)[0])
+        Args:
+          cache: of `prefill`.
+          tokens: the new tokens; their mask is [B, 1, T, S + T] and their positions are less than
+            config.max_length (not checked).
+
+        Returns:
+          [B, T, vocab_size], float32.
+
+        Raises:
+          ValueError: if the shape of the mask does not fit.
+        """
+        batch, new = tokens.input_ids.shape
+        expected = (batch, 1, new, cache.real.shape[1] + new)
+        if tokens.mask.shape != expected:
+            raise ValueError(f"mask: shape {tokens.mask.shape}, expected {expected}")
+        return self.logits(self.states(tokens, cache)[0])

@@ -63,31 +63,22 @@ class ClipTextConfig:
 
     def __post_init__(self):
         """Normalises dtypes and checks every field."""
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
-        problems = layers.positive_problems(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            max_length=self.max_length,
-            projection_dim=self.projection_dim,
+        problems = layers.check_config(
+            self,
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "max_length",
+            "projection_dim",
         )
-        if not problems:
-            if self.width % self.num_heads:
-                problems.append(
-                    f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
-                )
-            if not 0 <= self.eos_token_id < self.vocab_size:
-                problems.append(
-                    f"eos_token_id={self.eos_token_id}: expected a token, 0..{self.vocab_size - 1}"
-                )
-        if self.activation not in layers.ACTIVATIONS:
-            known = ", ".join(sorted(layers.ACTIVATIONS))
-            problems.append(f"activation={self.activation!r}: expected one of {known}")
-        if problems:
-            raise ValueError("ClipTextConfig: " + "; ".join(problems))
+        has_tokens = not layers.positive_problems(vocab_size=self.vocab_size)
+        if has_tokens and not 0 <= self.eos_token_id < self.vocab_size:
+            problems.append(
+                f"eos_token_id={self.eos_token_id}: expected a token, 0..{self.vocab_size - 1}"
+            )
+        layers.raise_problems(self, problems)
 
     @property
     def feature_dim(self) -> int:

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from retex_jax.models import causal, layers, rope
-from retex_jax.models.features import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,7 @@ class DecoderConfig:
                 problems.append(f"{name}={getattr(self, name)}: expected a positive number")
         if self.lm_head not in ("tied", "untied", "none"):
             problems.append(f"lm_head={self.lm_head!r}: expected 'tied', 'untied' or 'none'")
-        if problems:
-            raise ValueError("DecoderConfig: " + "; ".join(problems))
+        layers.raise_problems(self, problems)
 
     def _head_problems(self):
         problems = []
@@ -242,7 +240,7 @@ class Block(nn.Module):
         return x + GatedMlp(self.config, name="mlp")(_norm(self.config, "norm2")(x)), present
 
 
-class Decoder(nn.Module):
+class Decoder(causal.CausalLM):
     """Llama or Qwen2; see the module's docstring.
 
     Attributes:
@@ -250,11 +248,6 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-
-    def example_batch(self) -> dict[str, jax.Array]:
-        """Returns a batch of one token, for `init` and `jax.eval_shape`."""
-        token = jnp.zeros((1, 1), jnp.int32)
-        return {"input_ids": token, "attention_mask": token + 1}
 
     def setup(self):
         """Makes the token embedding and, where it is not the head as well, the head."""
@@ -270,22 +263,6 @@ class Decoder(nn.Module):
             self.lm_head = nn.Dense(
                 config.vocab_size, use_bias=False, **dtypes, dot_general=causal.float32_dot
             )
-
-    def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
-        """Computes the features of a batch of token sequences; see `causal.features`."""
-        return causal.features(self, batch, num_layers)
-
-    def lm_logits(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """Computes next-token logits [B, L, vocab_size]; see `causal.lm_logits`."""
-        return causal.lm_logits(self, batch)
-
-    def prefill(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, causal.Cache]:
-        """Reads prompts into a cache; see `causal.prefill`."""
-        return causal.prefill(self, batch)
-
-    def extend(self, cache: causal.Cache, tokens: causal.Tokens) -> jax.Array:
-        """Computes the logits of tokens after a cache; see `causal.extend`."""
-        return causal.extend(self, cache, tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps final hidden states [..., width] to logits [..., vocab_size], float32.

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from retex_jax.models import causal, layers
-from retex_jax.models.features import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +54,16 @@ class Gpt2Config:
 
     def __post_init__(self):
         """Normalises dtypes and checks every field."""
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
-        problems = layers.positive_problems(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            max_length=self.max_length,
+        problems = layers.check_config(
+            self,
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "max_length",
         )
-        if not problems and self.width % self.num_heads:
-            problems.append(
-                f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
-            )
-        if self.activation not in layers.ACTIVATIONS:
-            known = ", ".join(sorted(layers.ACTIVATIONS))
-            problems.append(f"activation={self.activation!r}: expected one of {known}")
-        if not self.layer_norm_eps > 0:
-            problems.append(f"layer_norm_eps={self.layer_norm_eps}: expected a positive number")
-        if problems:
-            raise ValueError("Gpt2Config: " + "; ".join(problems))
+        layers.raise_problems(self, problems)
 
     @property
     def feature_dim(self) -> int:
@@ -136,7 +124,7 @@ class Block(nn.Module):
         return x + mlp(norm("norm2")(x)), present
 
 
-class Gpt2(nn.Module):
+class Gpt2(causal.CausalLM):
     """GPT-2; see the module's docstring.
 
     Attributes:
@@ -144,11 +132,6 @@ class Gpt2(nn.Module):
     """
 
     config: Gpt2Config
-
-    def example_batch(self) -> dict[str, jax.Array]:
-        """Returns a batch of one token, for `init` and `jax.eval_shape`."""
-        token = jnp.zeros((1, 1), jnp.int32)
-        return {"input_ids": token, "attention_mask": token + 1}
 
     def setup(self):
         """Makes the token embedding, which is the head as well."""
@@ -160,22 +143,6 @@ class Gpt2(nn.Module):
             param_dtype=config.param_dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-
-    def __call__(self, batch: dict[str, jax.Array], num_layers: int | None = None) -> Features:
-        """Computes the features of a batch of token sequences; see `causal.features`."""
-        return causal.features(self, batch, num_layers)
-
-    def lm_logits(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """Computes next-token logits [B, L, vocab_size]; see `causal.lm_logits`."""
-        return causal.lm_logits(self, batch)
-
-    def prefill(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, causal.Cache]:
-        """Reads prompts into a cache; see `causal.prefill`."""
-        return causal.prefill(self, batch)
-
-    def extend(self, cache: causal.Cache, tokens: causal.Tokens) -> jax.Array:
-        """Computes the logits of tokens after a cache; see `causal.extend`."""
-        return causal.extend(self, cache, tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps final hidden states [..., width] to logits [..., vocab_size], float32."""

@@ -236,3 +236,35 @@ def positive_problems(**values: int | None) -> list[str]:
         for name, value in values.items()
         if value is not None and (not isinstance(value, int) or value < 1)
     ]
+
+
+def check_config(config: Any, *sizes: str) -> list[str]:
+    """Normalises a transformer's configuration, and checks the fields that all of them have.
+
+    Args:
+      config: frozen dataclass with `dtype`, `param_dtype` (made NumPy dtypes in place), `width`,
+        `num_heads`, `activation` and `layer_norm_eps`.
+      sizes: names of the fields that are positive integers, or None.
+
+    Returns:
+      One sentence for each field whose value cannot be used.
+    """
+    for name in ("dtype", "param_dtype"):
+        object.__setattr__(config, name, jnp.dtype(getattr(config, name)))
+    problems = positive_problems(**{name: getattr(config, name) for name in sizes})
+    if not problems and config.width % config.num_heads:
+        problems.append(
+            f"width={config.width}: expected a multiple of num_heads={config.num_heads}"
+        )
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        problems.append(f"activation={config.activation!r}: expected one of {known}")
+    if not config.layer_norm_eps > 0:
+        problems.append(f"layer_norm_eps={config.layer_norm_eps}: expected a positive number")
+    return problems
+
+
+def raise_problems(config: Any, problems: list[str]) -> None:
+    """Raises one ValueError that lists the problems of a configuration, if there are any."""
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))

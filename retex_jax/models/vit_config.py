@@ -66,40 +66,30 @@ class ViTConfig:
 
     def __post_init__(self):
         """Normalises dtypes and sequences, and checks every field."""
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
-        problems = layers.positive_problems(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            projection_dim=self.projection_dim,
+        problems = layers.check_config(
+            self,
+            "image_size",
+            "patch_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "projection_dim",
         )
-        if not problems:
-            if self.image_size % self.patch_size:
-                problems.append(
-                    f"image_size={self.image_size}: "
-                    f"expected a multiple of patch_size={self.patch_size}"
-                )
-            if self.width % self.num_heads:
-                problems.append(
-                    f"width={self.width}: expected a multiple of num_heads={self.num_heads}"
-                )
-        if self.activation not in layers.ACTIVATIONS:
-            known = ", ".join(sorted(layers.ACTIVATIONS))
-            problems.append(f"activation={self.activation!r}: expected one of {known}")
+        sides = {"image_size": self.image_size, "patch_size": self.patch_size}
+        if not layers.positive_problems(**sides) and self.image_size % self.patch_size:
+            problems.append(
+                f"image_size={self.image_size}: expected a multiple of patch_size={self.patch_size}"
+            )
         if self.pool not in ("cls", "mean", "cls_mean"):
             problems.append(f"pool={self.pool!r}: expected 'cls', 'mean' or 'cls_mean'")
         if len(self.image_mean) != 3:
             problems.append(f"image_mean={self.image_mean}: expected 3 numbers")
         if len(self.image_std) != 3 or min(self.image_std) <= 0:
             problems.append(f"image_std={self.image_std}: expected 3 positive numbers")
-        if problems:
-            raise ValueError("ViTConfig: " + "; ".join(problems))
+        layers.raise_problems(self, problems)
 
     @property
     def grid_side(self) -> int:

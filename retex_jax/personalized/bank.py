@@ -13,7 +13,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import masks
+from retex_jax.personalized import changes
 from retex_jax.typing import Array, FlatParams, Params
 
 
@@ -23,7 +23,9 @@ def stack(experts: ExpertSet, names: Iterable[str]) -> FlatParams:
     for name in names:
         leaves = [experts.expert(name, task) for task in range(experts.num_tasks)]
         is_host = isinstance(leaves[0], np.ndarray)
-        stacked[name] = masks.stored(np.stack(leaves) if is_host else jnp.stack(leaves), leaves[0])
+        stacked[name] = changes.stored(
+            np.stack(leaves) if is_host else jnp.stack(leaves), leaves[0]
+        )
     return stacked
 
 
@@ -64,7 +66,7 @@ def mix(pretrained: Params, stacked: Mapping[str, Array], weights: Array) -> Par
     Raises:
       ValueError: if `weights` is not of shape [T].
     """
-    weights = masks.check_weights(jnp.asarray(weights), num_tasks(stacked))
+    weights = changes.check_weights(jnp.asarray(weights), num_tasks(stacked))
     flat = tree.flatten(pretrained)
     mixed = {name: mix_leaf(flat[name], leaves, weights) for name, leaves in stacked.items()}
     return tree.unflatten(flat | mixed)

@@ -39,8 +39,9 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
+from retex_jax.mergers.adamerging import entropy
 from retex_jax.mergers.leafwise import check_finite_number
-from retex_jax.personalized import bank, masks, routing
+from retex_jax.personalized import bank, changes, routing
 from retex_jax.typing import Array, Batch, FlatParams, Params
 
 NEEDS = "unlabelled test inputs, all experts"
@@ -123,7 +124,7 @@ def fit(
     if variant == "mixture":
         calibration = require(calibration, "the mixture of DaWin", count)
     state = DawinState(
-        masks.stored_pretrained(experts),
+        changes.stored_pretrained(experts),
         bank.stack(experts, experts.float_leaves),
         jnp.float32(1.0 if variant == "robust" else scaling * count),
         jnp.asarray(scales, jnp.float32),
@@ -173,8 +174,7 @@ def _set_weights(state: DawinState, calibration: Calibration, heads: Heads) -> n
 @jax.jit
 def _entropy(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """Of softmax(logits / temperature): [B, C] to [B], float32."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+    return entropy(logits.astype(jnp.float32) / temperature)
 
 
 def entropy_weights(logits: Sequence[Array], temperatures: Array) -> jax.Array:

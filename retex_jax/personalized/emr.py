@@ -32,7 +32,8 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import masks
+from retex_jax.mergers.leafwise import sum_over_tasks
+from retex_jax.personalized import changes, masks
 from retex_jax.typing import FlatParams, Params
 
 
@@ -69,10 +70,9 @@ def elect(task_vectors: jax.Array) -> jax.Array:
     Returns:
       tau_uni, [*shape], float32; 0 where no value has that sign.
     """
+    sign = jnp.where(sum_over_tasks(task_vectors) > 0, 1.0, -1.0)
     # One task after another, as XLA reduces a leading axis slowly on CPU.
-    tasks = jnp.unstack(task_vectors)
-    sign = jnp.where(reduce(jnp.add, tasks) > 0, 1.0, -1.0)
-    return sign * reduce(jnp.maximum, [values * sign for values in tasks], 0.0)
+    return reduce(jnp.maximum, jnp.unstack(task_vectors * sign), 0.0) * sign
 
 
 @jax.jit
@@ -131,13 +131,13 @@ def fit(
     unified, packed = {}, {}
     own_total = np.zeros(experts.num_tasks)
     shared_total = np.zeros(experts.num_tasks)
-    pretrained = masks.stored_pretrained(experts)
+    pretrained = changes.stored_pretrained(experts)
     flat = tree.flatten(pretrained)
     for name in experts.float_leaves:
         task_vectors = experts.task_vectors(name)
         vector = elect(task_vectors)
         kept = agreeing(task_vectors, vector)
-        unified[name] = masks.stored(vector, flat[name])
+        unified[name] = changes.stored(vector, flat[name])
         packed[name] = masks.pack(kept)
         divisor = max(1, vector.size) if variant == "code" else 1
         own_total += _totals(_own_sums(task_vectors)) / divisor
@@ -179,12 +179,12 @@ def recover(state: EMRState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is out of range.
     """
-    masks.check_task(task, state.num_tasks)
+    changes.check_task(task, state.num_tasks)
 
-    def change(name: str) -> jax.Array:
+    def change(name: str, _: tuple[int, ...]) -> jax.Array:
         return _change(state.unified[name], state.masks[name], state.rescalers, task)
 
-    return masks.add_changes(state.pretrained, state.unified, change)
+    return changes.add_changes(state.pretrained, change)
 
 
 def mix(state: EMRState, weights: jax.Array) -> Params:
@@ -200,12 +200,12 @@ def mix(state: EMRState, weights: jax.Array) -> Params:
     Raises:
       ValueError: if `weights` is not [T].
     """
-    weights = masks.check_weights(weights, state.num_tasks)
+    weights = changes.check_weights(weights, state.num_tasks)
 
-    def change(name: str) -> jax.Array:
+    def change(name: str, _: tuple[int, ...]) -> jax.Array:
         return _mixed_change(state.unified[name], state.masks[name], state.rescalers, weights)
 
-    return masks.add_changes(state.pretrained, state.unified, change)
+    return changes.add_changes(state.pretrained, change)
 
 
 def extra_bytes(state: EMRState) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from retex_jax.calibration import Calibration
+from retex_jax.mergers.adamerging import entropy
 from retex_jax.personalized import gating, routing
 from retex_jax.typing import Batch, FlatParams, Params, ProgressFn
 
@@ -51,8 +52,7 @@ def entropy_and_gradient(
 
         each = jax.vmap(lambda example: run(routing.single(example))[0])
         outputs = run(batch) if batch_gate else each(dict(batch))
-        log_probabilities = jax.nn.log_softmax(outputs.astype(jnp.float32), axis=-1)
-        return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1).mean()
+        return entropy(outputs.astype(jnp.float32)).mean()
 
     return jax.value_and_grad(mean_entropy)(gates)
 

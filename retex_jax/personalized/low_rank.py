@@ -19,8 +19,7 @@ from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS
 from retex_jax.mergers.leafwise import merge_leaves
 from retex_jax.offsets.state import LeafPlan
-from retex_jax.personalized.masks import check_weights
-from retex_jax.typing import Array, FlatParams, Params, ProgressFn
+from retex_jax.typing import FlatParams, Params, ProgressFn
 
 # Up to this fraction of the largest one, a singular value is 0: its vectors would be rounding.
 _NO_ENERGY = 1e-6
@@ -237,44 +236,3 @@ def byte_budget(
     if amr is None:
         return bytes_per_task
     return amr * tree.param_bytes(dict(experts.leaves))
-
-
-def add_differences(
-    base: Params, restored: Callable[[str, tuple[int, ...]], jax.Array]
-) -> dict[str, Any]:
-    """Adds to every float leaf of a base what `restored` gives for (name, shape).
-
-    Returns:
-      Nested dict like `base`; sums are float32, then cast to each leaf's dtype.
-    """
-    flat = tree.flatten(base)
-    for name, leaf in flat.items():
-        if tree.is_float(leaf.dtype):
-            total = jnp.asarray(leaf, jnp.float32) + restored(name, leaf.shape)
-            flat[name] = total.astype(leaf.dtype)
-    return tree.unflatten(flat)
-
-
-def add_mixture(
-    base: Params,
-    restored: Callable[[str, tuple[int, ...], int], jax.Array],
-    weights: Array,
-    num_tasks: int,
-) -> dict[str, Any]:
-    """Adds to every float leaf of a base the weighted sum of what `restored` gives for (name, shape, task).
-
-    Returns:
-      As `add_differences`.
-
-    Raises:
-      ValueError: if `weights` is not of shape [T].
-    """
-    weights = check_weights(weights, num_tasks)
-
-    def mixture(name: str, shape: tuple[int, ...]) -> jax.Array:
-        total = jnp.zeros(shape, jnp.float32)
-        for task in range(num_tasks):
-            total = total + weights[task] * restored(name, shape, task)
-        return total
-
-    return add_differences(base, mixture)

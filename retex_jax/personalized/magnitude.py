@@ -19,7 +19,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import low_rank, masks
+from retex_jax.personalized import changes, low_rank, masks
 from retex_jax.typing import Array, FlatParams, Params
 
 
@@ -119,10 +119,8 @@ def recover(state: MagnitudeState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is out of range.
     """
-    masks.check_task(task, state.num_tasks)
-    return low_rank.add_differences(
-        state.base, lambda name, shape: _restored(state, name, shape, task)
-    )
+    changes.check_task(task, state.num_tasks)
+    return changes.add_changes(state.base, lambda name, shape: _restored(state, name, shape, task))
 
 
 def mix(state: MagnitudeState, weights: Array) -> Params:
@@ -138,7 +136,7 @@ def mix(state: MagnitudeState, weights: Array) -> Params:
     Raises:
       ValueError: if `weights` is not of shape [T].
     """
-    return low_rank.add_mixture(
+    return changes.add_mixture(
         state.base,
         lambda name, shape, task: _restored(state, name, shape, task),
         weights,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.calibration import Calibration
-from retex_jax.personalized import masks
+from retex_jax.personalized import changes
 from retex_jax.typing import Array, Batch, Params
 
 
@@ -43,7 +43,7 @@ class ModelFunctions(Protocol):
 
 def one_hot(task: int | jax.Array, num_tasks: int) -> jax.Array:
     """The weights of a known task: [T], float32; raises ValueError if `task` is out of range."""
-    masks.check_task(task, num_tasks)
+    changes.check_task(task, num_tasks)
     return jax.nn.one_hot(task, num_tasks)
 
 

@@ -22,7 +22,7 @@ import jax
 from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import bank, masks, router, routing
+from retex_jax.personalized import bank, changes, router, routing
 from retex_jax.typing import Array, Batch, FlatParams, Params
 
 NEEDS = "training inputs, by task"
@@ -74,7 +74,7 @@ def fit(
       ValueError: if the calibration is missing or does not fit, or an option is out of range.
     """
     calibration = require(calibration, "SMEAR over frozen experts", experts.num_tasks)
-    pretrained = masks.stored_pretrained(experts)
+    pretrained = changes.stored_pretrained(experts)
     features = routing.calibration_features(calibration, pretrained)
     key = jax.random.key(0) if key is None else key
     options: dict[str, Any] = {**_ROUTER, **(router_options or {})}

@@ -20,7 +20,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import low_rank, masks
+from retex_jax.personalized import changes, low_rank
 from retex_jax.typing import Array, FlatParams, Layout, Params, ProgressFn
 
 DEFAULT_RANK_RATIO = 0.3 / 16
@@ -168,10 +168,8 @@ def recover(state: SvdState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is out of range.
     """
-    masks.check_task(task, state.num_tasks)
-    return low_rank.add_differences(
-        state.base, lambda name, shape: _restored(state, name, shape, task)
-    )
+    changes.check_task(task, state.num_tasks)
+    return changes.add_changes(state.base, lambda name, shape: _restored(state, name, shape, task))
 
 
 def mix(state: SvdState, weights: Array) -> Params:
@@ -187,7 +185,7 @@ def mix(state: SvdState, weights: Array) -> Params:
     Raises:
       ValueError: if `weights` is not of shape [T].
     """
-    return low_rank.add_mixture(
+    return changes.add_mixture(
         state.base,
         lambda name, shape, task: _restored(state, name, shape, task),
         weights,

@@ -35,7 +35,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.personalized import masks
+from retex_jax.personalized import changes, masks
 from retex_jax.typing import FlatParams, Params
 
 
@@ -124,7 +124,7 @@ def fit(
         packed[name] = masks.pack(jnp.asarray(kept))
         signs[name] = masks.pack(jnp.asarray(kept & (vectors > 0)))
         scales[name] = jnp.asarray(scale, jnp.float32)
-    return TSwitchState(masks.stored_pretrained(experts), packed, signs, scales)
+    return TSwitchState(changes.stored_pretrained(experts), packed, signs, scales)
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -168,14 +168,13 @@ def recover(state: TSwitchState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is out of range.
     """
-    masks.check_task(task, state.num_tasks)
-    flat = tree.flatten(state.pretrained)
+    changes.check_task(task, state.num_tasks)
 
-    def change(name: str) -> jax.Array:
+    def change(name: str, shape: tuple[int, ...]) -> jax.Array:
         planes = (state.masks[name], state.signs[name], state.scales[name])
-        return _change(*planes, task, flat[name].shape)
+        return _change(*planes, task, shape)
 
-    return masks.add_changes(state.pretrained, state.masks, change)
+    return changes.add_changes(state.pretrained, change)
 
 
 def mix(state: TSwitchState, weights: jax.Array) -> Params:
@@ -194,14 +193,13 @@ def mix(state: TSwitchState, weights: jax.Array) -> Params:
     Raises:
       ValueError: if `weights` is not [T].
     """
-    weights = masks.check_weights(weights, state.num_tasks)
-    flat = tree.flatten(state.pretrained)
+    weights = changes.check_weights(weights, state.num_tasks)
 
-    def change(name: str) -> jax.Array:
+    def change(name: str, shape: tuple[int, ...]) -> jax.Array:
         planes = (state.masks[name], state.signs[name], state.scales[name])
-        return _mixed_change(*planes, weights, flat[name].shape)
+        return _mixed_change(*planes, weights, shape)
 
-    return masks.add_changes(state.pretrained, state.masks, change)
+    return changes.add_changes(state.pretrained, change)
 
 
 def extra_bytes(state: TSwitchState) -> int:

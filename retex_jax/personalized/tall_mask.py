@@ -20,7 +20,7 @@ from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.consensus import per_task, tall_masks
 from retex_jax.mergers.leafwise import check_finite_number, sum_over_tasks
-from retex_jax.personalized import masks
+from retex_jax.personalized import changes, masks
 from retex_jax.typing import FlatParams, Params
 
 
@@ -79,12 +79,12 @@ def fit(
     del key
     lambdas = per_task("mask_lambda", mask_lambda, experts.num_tasks)
     check_finite_number("coefficient", coefficient)
-    pretrained = masks.stored_pretrained(experts)
+    pretrained = changes.stored_pretrained(experts)
     flat = tree.flatten(pretrained)
     multi_task_vector, packed = {}, {}
     for name in experts.float_leaves:
         vector, packed[name] = _fit_leaf(experts.task_vectors(name), lambdas, coefficient)
-        multi_task_vector[name] = masks.stored(vector, flat[name])
+        multi_task_vector[name] = changes.stored(vector, flat[name])
     return TallMaskState(pretrained, multi_task_vector, packed)
 
 
@@ -107,12 +107,12 @@ def recover(state: TallMaskState, task: int | jax.Array) -> Params:
     Raises:
       ValueError: if `task` is out of range.
     """
-    masks.check_task(task, state.num_tasks)
+    changes.check_task(task, state.num_tasks)
 
-    def change(name: str) -> jax.Array:
+    def change(name: str, _: tuple[int, ...]) -> jax.Array:
         return _change(state.multi_task_vector[name], state.masks[name], task)
 
-    return masks.add_changes(state.pretrained, state.masks, change)
+    return changes.add_changes(state.pretrained, change)
 
 
 def extra_bytes(state: TallMaskState) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from retex_jax import files
 from retex_jax.report.page import render
 
 __all__ = ["write"]
@@ -66,10 +67,6 @@ def write(
     page = render(results, spectra or {}, confusion, seconds or {}, config_text)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with files.replacing(path) as beside:
         beside.write_text(page, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path

@@ -1,7 +1,14 @@
 """Checkpoints as Hugging Face stores them, opened without trust: safetensors, shards and config.json."""
 
 from retex_jax.snapshot.file import DTYPES, SafetensorsFile, parse_entry, parse_json
-from retex_jax.snapshot.folder import CONFIG, INDEX, SINGLE, Snapshot, read_weight_map
+from retex_jax.snapshot.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Snapshot,
+    pickle_refusal,
+    read_weight_map,
+)
 
 __all__ = [
     "CONFIG",
@@ -12,5 +19,6 @@ __all__ = [
     "Snapshot",
     "parse_entry",
     "parse_json",
+    "pickle_refusal",
     "read_weight_map",
 ]

@@ -7,7 +7,7 @@ runs code that the file brings along.
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,7 +64,7 @@ class Snapshot(Mapping[str, np.ndarray]):
                 self._files = _open_folder(path)
                 self.config = _read_config(path)
             elif path.suffix in _PICKLES and path.exists():
-                raise ValueError(_refusal([path]))
+                raise ValueError(pickle_refusal([path]))
             else:
                 file = SafetensorsFile(path)
                 self._files = dict.fromkeys(file.specs, file)
@@ -113,7 +113,7 @@ def _open_folder(folder: Path) -> dict[str, SafetensorsFile]:
         if path.suffix in _PICKLES and not path.name.startswith(_NOT_WEIGHTS)
     )
     if pickles:
-        raise ValueError(_refusal(pickles))
+        raise ValueError(pickle_refusal(pickles))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"; to read one of its files, give that file's path: {', '.join(others)}"
     raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint if others else ''}")
@@ -196,7 +196,8 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _refusal(pickles: list[Path]) -> str:
+def pickle_refusal(pickles: Sequence[Path], target: str = SINGLE) -> str:
+    """Says why pickle files are not read, and the command that converts them to the file `target`."""
     folder = pickles[0].parent
     code = (
         "import torch, safetensors.torch; tensors = {}; "
@@ -205,7 +206,7 @@ def _refusal(pickles: list[Path]) -> str:
         "tensors = tensors.get('state_dict', tensors); "
         "safetensors.torch.save_file("
         "{name: x.clone().contiguous() for name, x in tensors.items()}, "
-        f"{str(folder / SINGLE)!r}, {{'format': 'pt'}})"
+        f"{str(folder / target)!r}, {{'format': 'pt'}})"
     )
     return (
         f"{', '.join(str(path) for path in pickles)}: refused, because these are pickle files, and "

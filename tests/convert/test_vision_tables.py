@@ -10,6 +10,8 @@ import safetensors.numpy
 
 from retex_jax import convert, models, tree
 from retex_jax.convert import vit
+from retex_jax.convert.architectures import ARCHITECTURES
+from retex_jax.snapshot import Snapshot
 
 TINY = models.ViTConfig(
     image_size=28, patch_size=14, width=12, num_layers=2, num_heads=2, mlp_dim=20, layer_scale=True
@@ -40,6 +42,12 @@ def assert_same(got, want):
         np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
+def read_clip(source, config):
+    model = models.ViT(config)
+    table = ARCHITECTURES["CLIPVisionModelWithProjection"].table(model)
+    return convert.to_flax(Snapshot(source), table, models.expected_params(model))
+
+
 def test_dinov2_round_trip():
     params = random_params(TINY)
     tensors = convert.to_torch(params, convert.DINOV2)
@@ -54,7 +62,7 @@ def test_dinov2_takes_the_first_blocks_and_resizes_the_grid():
     params = random_params(TINY)
     data = safetensors.numpy.save(convert.to_torch(params, convert.DINOV2))
     config = dataclasses.replace(TINY, num_layers=1, image_size=42)
-    got = convert.dinov2_from_safetensors(data, config)
+    got = vit.dinov2_from_tensors(Snapshot(data), config)
     want = {name: x for name, x in params.items() if name != "blocks_1"}
     grid = convert.resize_position_grid(params["position_embedding"]["embedding"], 3)
     assert_same(got, {**want, "position_embedding": {"embedding": grid}})
@@ -73,7 +81,7 @@ def test_clip_round_trip(tmp_path):
     params = random_params(TINY_CLIP)
     tensors = convert.to_torch(params, convert.CLIP_VISION)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    assert_same(convert.clip_vision_from_safetensors(tmp_path, TINY_CLIP), params)
+    assert_same(read_clip(tmp_path, TINY_CLIP), params)
 
 
 def test_clip_reads_past_the_text_half_and_a_projection_that_is_not_wanted(tmp_path):
@@ -84,13 +92,13 @@ def test_clip_reads_past_the_text_half_and_a_projection_that_is_not_wanted(tmp_p
     tensors["logit_scale"] = np.array(1, np.float32)
     tensors["vision_model.embeddings.position_ids"] = np.arange(5)[None]
     data = safetensors.numpy.save(tensors)
-    assert_same(convert.clip_vision_from_safetensors(data, TINY_CLIP), params)
+    assert_same(read_clip(data, TINY_CLIP), params)
     params.pop("projection")
     config = dataclasses.replace(TINY_CLIP, projection_dim=None)
-    assert_same(convert.clip_vision_from_safetensors(data, config), params)
+    assert_same(read_clip(data, config), params)
     tensors["vision_model.head.weight"] = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match=r"extra: vision_model\.head\.weight"):
-        convert.clip_vision_from_safetensors(safetensors.numpy.save(tensors), config)
+        read_clip(safetensors.numpy.save(tensors), config)
 
 
 def noisy(model, torch, scale=0.3):
@@ -168,7 +176,7 @@ def test_clip_equals_transformers(torch_models, tmp_path):
     with torch.no_grad():
         want = model(torch.tensor(x.transpose(0, 3, 1, 2)), output_hidden_states=True)
     model.save_pretrained(tmp_path)  # the names of the file, which may differ from the model's
-    params = convert.clip_vision_from_safetensors(tmp_path, TINY_CLIP)
+    params = read_clip(tmp_path, TINY_CLIP)
     got = models.ViT(TINY_CLIP).apply({"params": params}, {"image": x})
     np.testing.assert_allclose(got.pooled, want.image_embeds.numpy(), rtol=1e-4, atol=1e-5)
     for i, hidden in enumerate(want.hidden_states[1:]):
