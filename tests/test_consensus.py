@@ -5,20 +5,14 @@ import numpy as np
 import pytest
 import references
 import references_masks
+from expert_sets import expert_set
 from references_masks import MODELS, assert_close, assert_like
 
-import retex_jax as rtx
 from retex_jax.mergers import consensus, task_arithmetic
 
 
-def _expert_set(pretrained, experts):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts]
-    )
-
-
 def _merge(pretrained, experts, **options):
-    return references.flat(consensus.fit(_expert_set(pretrained, experts), **options))
+    return references.flat(consensus.fit(expert_set(pretrained, experts), **options))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -72,7 +66,7 @@ def test_equality_is_not_kept():
 @pytest.mark.parametrize("num_tasks", [1, 8])
 def test_k_0_is_task_arithmetic(num_tasks):
     pretrained, experts = references.few_leaves(num_tasks)
-    want = references.flat(task_arithmetic.fit(_expert_set(pretrained, experts), scaling=0.7))
+    want = references.flat(task_arithmetic.fit(expert_set(pretrained, experts), scaling=0.7))
     assert_close(_merge(pretrained, experts, k=0, scaling=0.7), want, 1e-6, 1e-6)
 
 
@@ -123,7 +117,7 @@ def test_jit_equals_eager():
 def test_sharded_equals_one_device(place_on_8_devices):
     pretrained, experts = references_masks.model_for_8_devices()
     sharded = [place_on_8_devices(model) for model in (pretrained, *experts)]
-    found = consensus.fit(_expert_set(sharded[0], sharded[1:]))
+    found = consensus.fit(expert_set(sharded[0], sharded[1:]))
     assert_close(references.flat(found), _merge(pretrained, experts))
     kernel = found["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import references
 import references_masks
+from expert_sets import expert_set
 from references_masks import MODELS, assert_close, assert_like
 
-import retex_jax as rtx
 from retex_jax.mergers import average, dare, task_arithmetic, ties
 
 KEY = jax.random.key(3)
@@ -20,15 +20,9 @@ UNDER = {
 }
 
 
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
-
-
 def _merge(pretrained, experts, *, key=KEY, names=None, **options):
     return references.flat(
-        dare.fit(_expert_set(pretrained, experts, names=names), key=key, **options)
+        dare.fit(expert_set(pretrained, experts, names=names), key=key, **options)
     )
 
 
@@ -81,7 +75,7 @@ def test_other_rates(drop, rescale):
 
 
 def test_defaults_are_half_rescaled_and_task_arithmetic():
-    experts = _expert_set(*references.few_leaves(2))
+    experts = expert_set(*references.few_leaves(2))
     found = dare.fit(experts)
     options = {"merge": "task_arithmetic", "merge_options": {"scaling": 0.3}}
     want = dare.fit(experts, key=jax.random.key(0), drop=0.5, rescale=True, **options)
@@ -106,7 +100,7 @@ def test_masks_are_the_same_on_every_machine():
 def test_the_mean_stays(drop):
     shape = (400, 500)
     pretrained = {"a": np.zeros(shape, np.float32)}
-    experts = _expert_set(pretrained, [{"a": np.ones(shape, np.float32)}] * 2)
+    experts = expert_set(pretrained, [{"a": np.ones(shape, np.float32)}] * 2)
     found = np.asarray(dare.dropped(experts, KEY, drop).task_vectors("a")).reshape(2, -1)
     deviation = np.sqrt(drop / (1 - drop) / found.shape[1])
     assert np.all(np.abs(found.mean(axis=1) - 1) < 4 * deviation)
@@ -133,7 +127,7 @@ def test_dropping_nothing_is_the_plain_merger(merge):
     module, options = UNDER[merge]
     pretrained, experts = references.few_leaves(8)
     found = _merge(pretrained, experts, drop=0.0, merge=merge, merge_options=options)
-    want = references.flat(module.fit(_expert_set(pretrained, experts), **options))
+    want = references.flat(module.fit(expert_set(pretrained, experts), **options))
     assert_close(found, want, rtol=1e-6, atol=1e-6)
 
 
@@ -158,8 +152,8 @@ def test_order_of_tasks_does_not_matter(merge):
 
 def test_masks_do_not_depend_on_the_other_leaves_and_tasks():
     pretrained, experts = references.few_leaves(2)
-    whole = dare.dropped(_expert_set(pretrained, experts), KEY, 0.5)
-    part = _expert_set(pretrained, experts[1:], names=["task_1"], exclude=["bias", "scale"])
+    whole = dare.dropped(expert_set(pretrained, experts), KEY, 0.5)
+    part = expert_set(pretrained, experts[1:], names=["task_1"], exclude=["bias", "scale"])
     part = dare.dropped(part, KEY, 0.5)
     for name in part.float_leaves:
         np.testing.assert_array_equal(whole.task_vectors(name)[1], part.task_vectors(name)[0])
@@ -168,8 +162,8 @@ def test_masks_do_not_depend_on_the_other_leaves_and_tasks():
 def test_keys_leaves_and_tasks_have_masks_of_their_own():
     pretrained, experts = references.few_leaves(2)
     same = [experts[0], experts[0]]
-    found = dare.dropped(_expert_set(pretrained, same), KEY, 0.5)
-    other = dare.dropped(_expert_set(pretrained, same), jax.random.key(4), 0.5)
+    found = dare.dropped(expert_set(pretrained, same), KEY, 0.5)
+    other = dare.dropped(expert_set(pretrained, same), jax.random.key(4), 0.5)
     dense = np.asarray(found.task_vectors("dense/kernel")) != 0
     second = np.asarray(found.task_vectors("second/kernel")) != 0
     assert not np.array_equal(dense[0], dense[1])
@@ -179,7 +173,7 @@ def test_keys_leaves_and_tasks_have_masks_of_their_own():
 
 def test_dropped_experts_read_alike_in_every_way():
     pretrained, experts = references.few_leaves(2, dtype=np.float16)
-    found = dare.dropped(_expert_set(pretrained, experts), KEY, 0.5)
+    found = dare.dropped(expert_set(pretrained, experts), KEY, 0.5)
     name = "dense/kernel"
     start = pretrained[name].astype(np.float32)
     np.testing.assert_array_equal(found.stacked(name), start + found.task_vectors(name))
@@ -217,7 +211,7 @@ def test_sharded_equals_one_device(merge, place_on_8_devices):
     pretrained, experts = references_masks.model_for_8_devices()
     sharded = [place_on_8_devices(model) for model in (pretrained, *experts)]
     options = {"merge": merge, "merge_options": UNDER[merge][1]}
-    found = dare.fit(_expert_set(sharded[0], sharded[1:]), key=KEY, **options)
+    found = dare.fit(expert_set(sharded[0], sharded[1:]), key=KEY, **options)
     assert_close(references.flat(found), _merge(pretrained, experts, **options))
     kernel = found["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)

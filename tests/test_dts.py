@@ -9,37 +9,14 @@ import numpy as np
 import pytest
 import references
 import references_dts
+from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 from hypothesis import strategies as st
 
-import retex_jax as rtx
 from retex_jax.personalized import dts, thresholding, unseen
-
-MODELS = [references.flax_model(2), references.few_leaves(1), references.few_leaves(8)]
-MODEL_IDS = ["2 tasks, all leaves", "1 task", "8 tasks"]
-
-
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
 
 
 def _fit(pretrained, experts, layout="flax", **options):
-    return dts.fit(_expert_set(pretrained, experts, layout=layout), **options)
-
-
-def _assert_close(found, want, rtol=1e-5, atol=1e-5):
-    found = references.flat(found)
-    assert set(found) == set(want)
-    for name in want:
-        assert found[name].shape == want[name].shape, name
-        np.testing.assert_allclose(
-            found[name].astype(np.float64),
-            want[name].astype(np.float64),
-            rtol=rtol,
-            atol=atol,
-            err_msg=name,
-        )
+    return dts.fit(expert_set(pretrained, experts, layout=layout), **options)
 
 
 def _restore(values, scale="rms"):
@@ -129,7 +106,7 @@ def test_dts_by_hand():
     np.testing.assert_array_equal(state.right["w"].planes[0], [[0b11000000], [0b01000000]])
     np.testing.assert_allclose(state.left["w"].magnitudes[0], [[0.6, 0, 0.8, 0]], rtol=1e-6)
     np.testing.assert_allclose(state.right["w"].magnitudes[0], [[0, 0, 0.6, 0.8]], rtol=1e-6)
-    _assert_close(dts.recover(state, 0), expert)
+    assert_close(dts.recover(state, 0), expert)
     # 2 * 2 planes of one byte, 8 magnitudes, one singular value; one scalar.
     assert dts.extra_bytes(state) == 4 + 32 + 4 + 4
     assert dts.paper_amr(state) == (3 * 4 + 32 * (8 + 1) + 32) / (32 * 5)
@@ -145,13 +122,13 @@ def test_task_variant_equals_the_reference(model, ratio, grouping):
     state = _fit(pretrained, experts, rank_ratio=ratio, grouping=grouping, scale=scale)
     for task, expert in enumerate(experts):
         want = references_dts.dts(pretrained, expert, ratio, scale, grouping)
-        _assert_close(dts.recover(state, task), want)
+        assert_close(dts.recover(state, task), want)
 
 
 def test_defaults_are_those_of_the_paper():
     pretrained, experts = references.flax_model(2)
     found = dts.recover(_fit(pretrained, experts), 1)
-    _assert_close(found, references_dts.dts(pretrained, experts[1], 0.3, "rms", "matrix"))
+    assert_close(found, references_dts.dts(pretrained, experts[1], 0.3, "rms", "matrix"))
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 8])
@@ -170,7 +147,7 @@ def test_ties_and_zeros(num_tasks):
         state = _fit(pretrained, experts, grouping=grouping, rank_ratio=0.5)
         for task, expert in enumerate(experts):
             want = references_dts.dts(pretrained, expert, 0.5, "rms", grouping)
-            _assert_close(dts.recover(state, task), want)
+            assert_close(dts.recover(state, task), want)
 
 
 def test_vectors_of_no_energy_have_no_part_in_the_groups():
@@ -214,19 +191,19 @@ def test_difference_variant_equals_the_reference(num_tasks, base, options):
     state = _fit(pretrained, experts, variant="difference", base=base, base_options=options)
     size = sum(leaf.size for leaf in pretrained.values() if references.is_float(leaf))
     if base == "weight_average":
-        _assert_close(state.base, references.weight_average(pretrained, experts))
+        assert_close(state.base, references.weight_average(pretrained, experts))
     else:
         keep = int((options or {"density": 0.2})["density"] * size)
-        _assert_close(state.base, references.ties(pretrained, experts, keep))
+        assert_close(state.base, references.ties(pretrained, experts, keep))
     start = references.flat(state.base)
     for task, expert in enumerate(experts):
-        _assert_close(dts.recover(state, task), references_dts.dts(start, expert, 0.3))
+        assert_close(dts.recover(state, task), references_dts.dts(start, expert, 0.3))
 
 
 def test_one_task_over_the_weight_average_is_the_expert():
     pretrained, experts = references.flax_model(1)
     state = _fit(pretrained, experts, variant="difference", base="weight_average")
-    _assert_close(dts.recover(state, 0), experts[0], 1e-6, 1e-6)
+    assert_close(dts.recover(state, 0), experts[0], 1e-6, 1e-6)
 
 
 def test_difference_variant_does_without_the_pretrained_model():
@@ -262,7 +239,7 @@ def test_chunks_do_not_matter():
     pretrained, experts = references.few_leaves(2)
     first, second = _fit(pretrained, experts, group_bytes=1), _fit(pretrained, experts)
     for task in range(2):
-        _assert_close(dts.recover(first, task), references.flat(dts.recover(second, task)))
+        assert_close(dts.recover(first, task), references.flat(dts.recover(second, task)))
 
 
 def _count(pretrained, ratio, grouping):
@@ -350,7 +327,7 @@ def test_torch_layout_gives_the_same_model():
     state, twin = _fit(torch[0], torch[1:], "torch"), _fit(*flax)
     for task in range(2):
         want = references.as_torch(references.flat(dts.recover(twin, task)))
-        _assert_close(
+        assert_close(
             dts.recover(state, task), {key.replace(".", "/"): leaf for key, leaf in want.items()}
         )
 
@@ -362,7 +339,7 @@ def test_half_precision(dtype, step):
     for name, leaf in references.flat(found).items():
         assert leaf.dtype == pretrained[name].dtype
     want = references_dts.dts(pretrained, experts[1], 0.3)
-    _assert_close(found, want, rtol=step, atol=1e-5)
+    assert_close(found, want, rtol=step, atol=1e-5)
 
 
 def test_float64_is_stored_as_float32():
@@ -374,7 +351,7 @@ def test_float64_is_stored_as_float32():
         name: np.float32(leaf) if references.is_float(leaf) else leaf
         for name, leaf in pretrained.items()
     }
-    _assert_close(found, references_dts.dts(start, experts[1], 0.3))
+    assert_close(found, references_dts.dts(start, experts[1], 0.3))
 
 
 def test_mix():
@@ -387,9 +364,9 @@ def test_mix():
         else start
         for name, start in pretrained.items()
     }
-    _assert_close(dts.mix(state, jnp.array([0.75, 0.25])), want)
-    _assert_close(dts.mix(state, np.array([0.0, 1.0])), references.flat(dts.recover(state, 1)))
-    _assert_close(dts.mix(state, np.zeros(2)), pretrained)
+    assert_close(dts.mix(state, jnp.array([0.75, 0.25])), want)
+    assert_close(dts.mix(state, np.array([0.0, 1.0])), references.flat(dts.recover(state, 1)))
+    assert_close(dts.mix(state, np.zeros(2)), pretrained)
 
 
 def test_similarity_weights_by_hand():
@@ -418,9 +395,9 @@ def test_bad_embeddings(first, second, message):
 def test_a_traced_task_and_eager_are_equal(grouping):
     state = _fit(*references.few_leaves(2), grouping=grouping)
     want = references.flat(dts.recover(state, 1))
-    _assert_close(jax.jit(dts.recover)(state, 1), want, 1e-6, 1e-6)
+    assert_close(jax.jit(dts.recover)(state, 1), want, 1e-6, 1e-6)
     with jax.disable_jit():
-        _assert_close(dts.recover(state, 1), want, 1e-6, 1e-6)
+        assert_close(dts.recover(state, 1), want, 1e-6, 1e-6)
 
 
 def test_sharded_equals_one_device(place_on_8_devices):
@@ -435,7 +412,7 @@ def test_sharded_equals_one_device(place_on_8_devices):
     for options in ({}, {"variant": "difference", "base": "weight_average"}):
         found = dts.recover(_fit(sharded[0], sharded[1:], **options), 1)
         want = dts.recover(_fit(pretrained, experts, **options), 1)
-        _assert_close(found, references.flat(want))
+        assert_close(found, references.flat(want))
         kernel = found["a"]["kernel"]
         assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)
 

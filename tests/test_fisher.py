@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import references
 import references_fisher
+from expert_sets import expert_set
 from references_masks import assert_close, assert_like, other_buffers
 
-import retex_jax as rtx
 from retex_jax.calibration import Calibration
 from retex_jax.mergers import fisher
 
@@ -45,15 +45,9 @@ def _task(num_tasks):
     return references_fisher.inputs(num_tasks), references_fisher.heads(CLASSES[:num_tasks])
 
 
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
-
-
 def _merge(pretrained, experts, examples, heads, *, size=BATCH, names=None, **options):
     calibration = _calibration(examples, heads, size)
-    experts = _expert_set(pretrained, experts, names=names)
+    experts = expert_set(pretrained, experts, names=names)
     return references.flat(fisher.fit(experts, calibration=calibration, **options))
 
 
@@ -272,9 +266,9 @@ def test_sharded_equals_one_device(variant, place_on_8_devices):
         features=lambda params, batch: batch["x"],
         logits=lambda params, task, batch: batch["x"] @ params["a"]["kernel"][:, : 3 + task],
     )
-    want = fisher.fit(_expert_set(models[0], models[1:]), calibration=calibration, variant=variant)
+    want = fisher.fit(expert_set(models[0], models[1:]), calibration=calibration, variant=variant)
     placed = [place_on_8_devices(model) for model in models]
-    found = fisher.fit(_expert_set(placed[0], placed[1:]), calibration=calibration, variant=variant)
+    found = fisher.fit(expert_set(placed[0], placed[1:]), calibration=calibration, variant=variant)
     assert_close(references.flat(found), references.flat(want))
     kernel = found["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(placed[0]["a/kernel"].sharding, kernel.ndim)
@@ -297,7 +291,7 @@ def test_all_problems_are_told_at_once():
 
 
 def test_calibration_is_needed():
-    experts = _expert_set(*references.few_leaves(2))
+    experts = expert_set(*references.few_leaves(2))
     with pytest.raises(ValueError, match="calibration: got None, but fisher"):
         fisher.fit(experts)
     with pytest.raises(ValueError, match="expected one for each of the 2 tasks"):

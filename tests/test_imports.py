@@ -54,7 +54,7 @@ PROGRAMS = {
     "preflight",
     "pretrained",
     "probe",
-    "snapshots",
+    "huggingface",
     "train",
 }
 

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import references
+from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
 from retex_jax.mergers import average, task_arithmetic, ties
@@ -13,32 +14,10 @@ MERGERS = {
     "task_arithmetic": {"scaling": 0.4},
     "ties": {"density": 0.3},
 }
-MODELS = [references.flax_model(2), references.few_leaves(1), references.few_leaves(8)]
-MODEL_IDS = ["2 tasks, all leaves", "1 task", "8 tasks"]
-
-
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
 
 
 def _merge(name, pretrained, experts, **options):
-    return references.flat(rtx.METHODS[name].fit(_expert_set(pretrained, experts), **options))
-
-
-def _assert_close(found, want, rtol=1e-5, atol=1e-5):
-    assert set(found) == set(want)
-    for name in want:
-        found_leaf, want_leaf = np.asarray(found[name]), np.asarray(want[name])
-        assert found_leaf.shape == want_leaf.shape, name
-        np.testing.assert_allclose(
-            found_leaf.astype(np.float64),
-            want_leaf.astype(np.float64),
-            rtol=rtol,
-            atol=atol,
-            err_msg=name,
-        )
+    return references.flat(rtx.METHODS[name].fit(expert_set(pretrained, experts), **options))
 
 
 def _size(pretrained):
@@ -48,7 +27,7 @@ def _size(pretrained):
 @pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
 def test_weight_average(model):
     pretrained, experts = model
-    _assert_close(
+    assert_close(
         _merge("weight_average", pretrained, experts),
         references.weight_average(pretrained, experts),
     )
@@ -58,7 +37,7 @@ def test_weight_average(model):
 @pytest.mark.parametrize("scaling", [0.3, 1.0, -0.5])
 def test_task_arithmetic(model, scaling):
     pretrained, experts = model
-    _assert_close(
+    assert_close(
         _merge("task_arithmetic", pretrained, experts, scaling=scaling),
         references.task_arithmetic(pretrained, experts, scaling),
     )
@@ -66,11 +45,11 @@ def test_task_arithmetic(model, scaling):
 
 def test_task_arithmetic_defaults_to_0_3_and_averages_at_one_over_t():
     pretrained, experts = references.few_leaves(8)
-    _assert_close(
+    assert_close(
         _merge("task_arithmetic", pretrained, experts),
         references.task_arithmetic(pretrained, experts, 0.3),
     )
-    _assert_close(
+    assert_close(
         _merge("task_arithmetic", pretrained, experts, scaling=1 / 8),
         references.weight_average(pretrained, experts),
     )
@@ -89,7 +68,7 @@ def test_ties(model, density, merge):
     keep = max(1, int(density * _size(pretrained)))
     want = references.ties(pretrained, experts, keep, merge, scaling=0.7)
     found = _merge("ties", pretrained, experts, density=density, merge=merge, scaling=0.7)
-    _assert_close(found, want)
+    assert_close(found, want)
 
 
 def test_ties_default_scalings():
@@ -97,7 +76,7 @@ def test_ties_default_scalings():
     keep = int(0.2 * _size(pretrained))
     for merge, scaling in (("mean", 1.0), ("sum", 0.3)):
         want = references.ties(pretrained, experts, keep, merge, scaling)
-        _assert_close(_merge("ties", pretrained, experts, merge=merge), want)
+        assert_close(_merge("ties", pretrained, experts, merge=merge), want)
 
 
 def test_ties_by_hand():
@@ -144,7 +123,7 @@ def test_thresholds_are_exact(density, spread):
         values *= rng.random(values.shape) < 0.1
     pretrained = {"a": np.zeros((7, 20), np.float32), "b": np.zeros(117, np.float32)}
     experts = [{"a": row[:140].reshape(7, 20), "b": row[140:]} for row in values]
-    found = ties.thresholds(_expert_set(pretrained, experts), density)
+    found = ties.thresholds(expert_set(pretrained, experts), density)
     keep = max(1, int(density * 257))
     want = -np.sort(-np.abs(values), axis=1)[:, keep - 1]
     np.testing.assert_array_equal(found, want)
@@ -159,7 +138,7 @@ def test_order_of_tasks_does_not_matter(name):
         second = _merge(
             name, pretrained, [experts[t] for t in (2, 0, 3, 1, 7, 5, 6, 4)], **MERGERS[name]
         )
-        _assert_close(first, second, rtol=1e-6, atol=1e-6)
+        assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
@@ -181,7 +160,7 @@ def test_scaling_0_gives_the_pretrained_model(name):
 )
 def test_one_task_gives_the_expert(name, options):
     pretrained, experts = references.few_leaves(1)
-    _assert_close(_merge(name, pretrained, experts, **options), experts[0], 1e-6, 1e-6)
+    assert_close(_merge(name, pretrained, experts, **options), experts[0], 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("name", MERGERS)
@@ -197,7 +176,7 @@ def test_shapes_dtypes_and_buffers(name, layout):
         for key, leaf in expert.items():
             if not references.is_float(leaf):
                 expert[key] = (leaf + 1).astype(leaf.dtype)
-    found = rtx.METHODS[name].fit(_expert_set(pretrained, experts, layout=layout))
+    found = rtx.METHODS[name].fit(expert_set(pretrained, experts, layout=layout))
     found = references.flat(found)
     assert set(found) == set(pretrained)
     for key, leaf in pretrained.items():
@@ -229,7 +208,7 @@ def test_half_precision(name, dtype, step):
         want = references.ties(pretrained, experts, int(0.3 * _size(pretrained)))
     for key in pretrained:
         assert found[key].dtype == pretrained[key].dtype
-    _assert_close(found, want, rtol=step, atol=1e-6)  # rounded once, at the end
+    assert_close(found, want, rtol=step, atol=1e-6)  # rounded once, at the end
 
 
 @pytest.mark.parametrize("name", MERGERS)
@@ -239,7 +218,7 @@ def test_float64_is_stored_as_float32(name):
     for key, leaf in found.items():
         assert leaf.dtype == (np.float32 if references.is_float(leaf) else pretrained[key].dtype)
     if name == "weight_average":
-        _assert_close(found, references.weight_average(pretrained, experts))
+        assert_close(found, references.weight_average(pretrained, experts))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -304,7 +283,7 @@ def test_sharded_equals_one_device(name, place_on_8_devices):
     assert len(sharded[1]["a/kernel"].sharding.device_set) == 8
     assert not sharded[1]["a/kernel"].sharding.is_fully_replicated
     found = _merge(name, sharded[0], sharded[1:], **MERGERS[name])
-    _assert_close(found, _merge(name, pretrained, experts, **MERGERS[name]))
-    merged = rtx.METHODS[name].fit(_expert_set(sharded[0], sharded[1:]), **MERGERS[name])
+    assert_close(found, _merge(name, pretrained, experts, **MERGERS[name]))
+    merged = rtx.METHODS[name].fit(expert_set(sharded[0], sharded[1:]), **MERGERS[name])
     kernel = merged["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from expert_sets import expert_set
 
 import retex_jax as rtx
 from retex_jax.offsets import adam
@@ -60,15 +61,9 @@ def _model(num_tasks=3, *, whole=False):
     return pretrained, experts
 
 
-def _expert_set(pretrained, experts):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts]
-    )
-
-
 def _fit(model=None, **options):
     return RETEX.fit(
-        _expert_set(*(model or _model())), **{"key": jax.random.key(0), **FAST, **options}
+        expert_set(*(model or _model())), **{"key": jax.random.key(0), **FAST, **options}
     )
 
 
@@ -240,7 +235,7 @@ def test_defaults_are_the_papers(monkeypatch):
 
     monkeypatch.setattr(adam.optax, "adam", stop)
     with pytest.raises(StopHereError):
-        RETEX.fit(_expert_set(*_model()), rank=2, solver="adam")
+        RETEX.fit(expert_set(*_model()), rank=2, solver="adam")
     np.testing.assert_allclose(seen["rates"], [0, 1e-4, 2e-4, 1e-4, 0], rtol=1e-5, atol=1e-11)
     assert seen["options"] == ((), {})
 

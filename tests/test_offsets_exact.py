@@ -6,40 +6,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 import references
+from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
 from retex_jax.offsets import exact
 from retex_jax.offsets import state as state_module
 
 RETEX = rtx.METHODS["retex"]
-MODELS = [references.flax_model(2), references.few_leaves(1), references.few_leaves(8)]
-MODEL_IDS = ["2 tasks, all leaves", "1 task", "8 tasks"]
-
-
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
 
 
 def _fit(pretrained, experts, layout="flax", **options):
-    return RETEX.fit(_expert_set(pretrained, experts, layout=layout), **options)
+    return RETEX.fit(expert_set(pretrained, experts, layout=layout), **options)
 
 
 def _with_slashes(model):
     return {name.replace(".", "/"): leaf for name, leaf in model.items()}
-
-
-def _assert_close(found, want, rtol=1e-5, atol=1e-5):
-    assert set(found) == set(want)
-    for name in want:
-        np.testing.assert_allclose(
-            np.asarray(found[name], np.float64),
-            np.asarray(want[name], np.float64),
-            rtol=rtol,
-            atol=atol,
-            err_msg=name,
-        )
 
 
 def _squared_errors(state, experts, matrices):
@@ -86,10 +67,10 @@ def test_recovers_the_best_approximation(model, rank_rule):
         base_options={"scaling": 0.1},
     )  # fmt: skip
     base = references.flat(state.merged)
-    _assert_close(base, references.task_arithmetic(pretrained, experts, 0.1))
+    assert_close(base, references.task_arithmetic(pretrained, experts, 0.1))
     recovered, residuals = references.retex(base, experts, 4, references.FLAX_MATRICES, rank_rule)
     for task in range(num_tasks):
-        _assert_close(references.flat(RETEX.recover(state, task)), recovered[task])
+        assert_close(references.flat(RETEX.recover(state, task)), recovered[task])
     errors = _squared_errors(state, experts, references.FLAX_MATRICES)
     for name, residual in residuals.items():
         assert state.report.optima[name] == pytest.approx(residual, rel=1e-5, abs=1e-10)
@@ -110,7 +91,7 @@ def test_torch_layout_gives_the_same_model():
     twin = _fit(*flax, rank=4)
     for task in range(2):
         want = references.as_torch(references.flat(RETEX.recover(twin, task)))
-        _assert_close(references.flat(RETEX.recover(state, task)), _with_slashes(want))
+        assert_close(references.flat(RETEX.recover(state, task)), _with_slashes(want))
     for torch_name, flax_name in [
         ("conv/weight", "conv/kernel"),
         ("conv1d/weight", "conv1d/kernel"),
@@ -136,8 +117,8 @@ def test_torch_layout_gives_the_same_model():
     ],
 )
 def test_rank_rules(rank, rank_rule, narrow, dense, embedding, odd):
-    expert_set = _expert_set(*references.flax_model(2))
-    plans = state_module.plan_leaves(expert_set.leaves, "flax", rank, rank_rule)
+    made = expert_set(*references.flax_model(2))
+    plans = state_module.plan_leaves(made.leaves, "flax", rank, rank_rule)
     assert set(plans) == set(references.FLAX_MATRICES)
     for name, shape, want in [
         ("narrow/kernel", (1, 7), narrow),
@@ -183,7 +164,7 @@ def test_leaves_below_two_axes_are_exact(model):
 def test_one_task_gives_the_expert():
     pretrained, experts = references.few_leaves(1)
     state = _fit(pretrained, experts, rank=4)
-    _assert_close(references.flat(RETEX.recover(state, 0)), experts[0], 1e-6, 1e-6)
+    assert_close(references.flat(RETEX.recover(state, 0)), experts[0], 1e-6, 1e-6)
     assert state.report.ratio == 1
 
 
@@ -350,7 +331,7 @@ def test_order_of_tasks_does_not_matter():
     second = _fit(pretrained, [experts[task] for task in order], rank=4)
     assert first.report.residual == pytest.approx(second.report.residual, rel=1e-6)
     for position, task in enumerate(order):
-        _assert_close(
+        assert_close(
             references.flat(RETEX.recover(second, position)),
             references.flat(RETEX.recover(first, task)),
         )
@@ -362,7 +343,7 @@ def test_small_groups_give_the_same_answer():
     whole = _fit(pretrained, experts, rank=4, progress=lambda *done: calls.append(done))
     parts = _fit(pretrained, experts, rank=4, group_bytes=1)
     for task in range(2):
-        _assert_close(
+        assert_close(
             references.flat(RETEX.recover(parts, task)), references.flat(RETEX.recover(whole, task))
         )
     total = len(references.FLAX_MATRICES)
@@ -374,13 +355,13 @@ def test_small_groups_give_the_same_answer():
 def test_bases():
     pretrained, experts = references.few_leaves(2)
     state = _fit(pretrained, experts, rank=4, base="ties", base_options={"density": 0.5})
-    want = rtx.METHODS["ties"].fit(_expert_set(pretrained, experts), density=0.5)
-    _assert_close(references.flat(state.merged), references.flat(want), 0, 0)
+    want = rtx.METHODS["ties"].fit(expert_set(pretrained, experts), density=0.5)
+    assert_close(references.flat(state.merged), references.flat(want), 0, 0)
     given = _fit(pretrained, experts, rank=4, base=want)
     for name in state.generators:
         np.testing.assert_array_equal(state.generators[name], given.generators[name])
     average = _fit(pretrained, experts, rank=4)
-    _assert_close(references.flat(average.merged), references.weight_average(pretrained, experts))
+    assert_close(references.flat(average.merged), references.weight_average(pretrained, experts))
 
 
 def test_bad_bases():
@@ -450,11 +431,11 @@ def test_recover_under_jit_and_vmap():
     compiled = jax.jit(RETEX.recover)
     for task in range(2):
         want = references.flat(RETEX.recover(state, task))
-        _assert_close(references.flat(compiled(state, jnp.int32(task))), want, 1e-6, 1e-6)
+        assert_close(references.flat(compiled(state, jnp.int32(task))), want, 1e-6, 1e-6)
         one = jax.tree.map(lambda leaf, task=task: leaf[task], all_tasks)
-        _assert_close(references.flat(one), want, 1e-6, 1e-6)
+        assert_close(references.flat(one), want, 1e-6, 1e-6)
         with jax.disable_jit():
-            _assert_close(references.flat(RETEX.recover(state, task)), want, 1e-6, 1e-6)
+            assert_close(references.flat(RETEX.recover(state, task)), want, 1e-6, 1e-6)
 
 
 def test_mixtures_interpolate_the_offsets():
@@ -485,7 +466,7 @@ def test_state_is_a_pytree_and_counts_its_bytes():
     rebuilt = jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in leaves])
     assert rebuilt.layout == "flax"
     assert rebuilt.num_tasks == 2
-    _assert_close(
+    assert_close(
         references.flat(RETEX.recover(rebuilt, 1)), references.flat(RETEX.recover(state, 1)), 0, 0
     )
     floats = 2 * 2
@@ -546,6 +527,6 @@ def test_sharded_equals_one_device(place_on_8_devices):
     assert found.report.residual == pytest.approx(want.report.residual, rel=1e-6)
     assert found.report.ratio == pytest.approx(1, abs=1e-6)
     for task in range(2):
-        _assert_close(
+        assert_close(
             references.flat(RETEX.recover(found, task)), references.flat(RETEX.recover(want, task))
         )

@@ -196,7 +196,7 @@ def test_missing_says_what_is_wrong_with_the_settings(world):
     assert "offsets.rank" in lines[1]
 
 
-# Checkpoints of Hugging Face repositories; see also test_snapshots
+# Checkpoints of Hugging Face repositories; see also test_huggingface
 
 
 def test_cluster_experiment_says_what_is_missing(tmp_path, monkeypatch):

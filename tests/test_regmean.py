@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import references
 import references_fisher
+from expert_sets import expert_set
 from references_masks import assert_close, assert_like, other_buffers
 
 import retex_jax as rtx
@@ -34,16 +35,10 @@ def _calibration(examples, inputs=_linear_inputs, size=4):
     )
 
 
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
-
-
 def _merge(pretrained, experts, examples, **options):
     calibration = _calibration(examples)
     return references.flat(
-        regmean.fit(_expert_set(pretrained, experts), calibration=calibration, **options)
+        regmean.fit(expert_set(pretrained, experts), calibration=calibration, **options)
     )
 
 
@@ -69,7 +64,7 @@ def test_by_hand():
     kernels = [{"kernel": np.float32([[a], [b]])} for a, b in ((0, 0), (1, 2), (3, 6))]
     rows = [np.float32([[1, 0], [1, 1], [0, 0]]), np.float32([[0, 2], [0, 0], [0, 0]])]
     calibration = _calibration(rows, lambda params, batch: {"kernel": batch["x"]}, size=3)
-    experts = _expert_set(kernels[0], kernels[1:])
+    experts = expert_set(kernels[0], kernels[1:])
     found = regmean.fit(experts, calibration=calibration, alpha=1.0)
     np.testing.assert_allclose(found["kernel"], [[-15 / 17], [98 / 17]], rtol=1e-5)
     # Without off-diagonals: w_1 = 1 (task 1 alone reads it), (.5 * 2 + 4 * 6) / 4.5.
@@ -182,7 +177,7 @@ def test_a_pass_over_the_data_for_each_group():
         passes.clear()
         # Two looks at whether there is a batch, and one at its shapes.
         regmean.fit(
-            _expert_set(pretrained, experts), calibration=calibration, group_bytes=group_bytes
+            expert_set(pretrained, experts), calibration=calibration, group_bytes=group_bytes
         )
         assert len(passes) == 2 + 1 + 2 * groups
 
@@ -194,7 +189,7 @@ def test_a_kernel_of_four_axes_reads_flattened_inputs():
     examples = [rng.normal(size=(32, 16)).astype(np.float32) for _ in range(2)]
     calibration = _calibration(examples, lambda params, batch: {"conv/kernel": batch["x"]})
     found = references.flat(
-        regmean.fit(_expert_set(pretrained, experts), calibration=calibration, alpha=1.0)
+        regmean.fit(expert_set(pretrained, experts), calibration=calibration, alpha=1.0)
     )
     assert_like(found, pretrained)
     kernels = [expert["conv/kernel"].astype(np.float64).reshape(16, 6) for expert in experts]
@@ -228,12 +223,12 @@ def test_sharded_equals_one_device(place_on_8_devices):
     trees = [{"a/kernel": rng.normal(size=(16, 24)).astype(np.float32)} for _ in range(3)]
     examples = [rng.normal(size=(8, 16)).astype(np.float32) for _ in range(2)]
     calibration = _calibration(examples, lambda params, batch: {"a/kernel": batch["x"]})
-    want = regmean.fit(_expert_set(trees[0], trees[1:]), calibration=calibration)
+    want = regmean.fit(expert_set(trees[0], trees[1:]), calibration=calibration)
     placed = [place_on_8_devices(model) for model in trees]
     calibration = dataclasses.replace(
         calibration, batches=[[place_on_8_devices({"x": x})] for x in examples]
     )
-    found = regmean.fit(_expert_set(placed[0], placed[1:]), calibration=calibration)
+    found = regmean.fit(expert_set(placed[0], placed[1:]), calibration=calibration)
     assert_close(references.flat(found), references.flat(want))
     kernel = found["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(placed[0]["a/kernel"].sharding, kernel.ndim)
@@ -282,7 +277,7 @@ def test_on_a_transformer():
 
 
 def test_calibration_is_needed():
-    experts = _expert_set(*references.few_leaves(2))
+    experts = expert_set(*references.few_leaves(2))
     with pytest.raises(ValueError, match="calibration: got None, but regmean"):
         regmean.fit(experts)
     examples = references_fisher.inputs(2)

@@ -7,36 +7,13 @@ import numpy as np
 import pytest
 import references
 import references_dts
+from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
-import retex_jax as rtx
 from retex_jax.personalized import low_rank, svd
-
-MODELS = [references.flax_model(2), references.few_leaves(1), references.few_leaves(8)]
-MODEL_IDS = ["2 tasks, all leaves", "1 task", "8 tasks"]
-
-
-def _expert_set(pretrained, experts, **options):
-    return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
-    )
 
 
 def _fit(pretrained, experts, layout="flax", **options):
-    return svd.fit(_expert_set(pretrained, experts, layout=layout), **options)
-
-
-def _assert_close(found, want, rtol=1e-5, atol=1e-5):
-    found = references.flat(found)
-    assert set(found) == set(want)
-    for name in want:
-        assert found[name].shape == want[name].shape, name
-        np.testing.assert_allclose(
-            found[name].astype(np.float64),
-            want[name].astype(np.float64),
-            rtol=rtol,
-            atol=atol,
-            err_msg=name,
-        )
+    return svd.fit(expert_set(pretrained, experts, layout=layout), **options)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
@@ -46,12 +23,12 @@ def test_equals_the_reference(model, options, base):
     pretrained, experts = model
     state = _fit(pretrained, experts, base=base, **options)
     start = pretrained if base is None else references.task_arithmetic(pretrained, experts, 0.3)
-    _assert_close(state.base, start)
+    assert_close(state.base, start)
     for task, expert in enumerate(experts):
         want = references_dts.svd_baseline(
             start, expert, options.get("rank"), options.get("rank_ratio")
         )
-        _assert_close(svd.recover(state, task), want)
+        assert_close(svd.recover(state, task), want)
 
 
 def test_by_hand():
@@ -59,7 +36,7 @@ def test_by_hand():
     pretrained = {"w": np.ones((2, 2), np.float32), "v": np.zeros(2, np.float32)}
     expert = {"w": np.float32([[4, 1], [1, 5]]), "v": np.float32([1, -7])}
     found = svd.recover(_fit(pretrained, [expert], rank=1), 0)
-    _assert_close(found, {"w": np.array([[1, 1], [1, 5]]), "v": np.array([1, -7])})
+    assert_close(found, {"w": np.array([[1, 1], [1, 5]]), "v": np.array([1, -7])})
 
 
 @pytest.mark.parametrize(("a", "b"), [(9, 9), (12, 5), (5, 12), (1, 6), (6, 1)])
@@ -94,7 +71,7 @@ def test_full_rank_gives_the_experts_and_stores_no_factors(model):
         state = _fit(pretrained, experts, **options)
         assert not state.left
         for task, expert in enumerate(experts):
-            _assert_close(svd.recover(state, task), expert, 1e-6, 1e-6)
+            assert_close(svd.recover(state, task), expert, 1e-6, 1e-6)
 
 
 def test_no_difference_gives_the_base():
@@ -126,7 +103,7 @@ def test_chunks_do_not_matter():
     assert calls == [(done, 6) for done in range(1, 7)]
     second = _fit(pretrained, experts, rank=3)
     for task in range(2):
-        _assert_close(svd.recover(first, task), references.flat(svd.recover(second, task)))
+        assert_close(svd.recover(first, task), references.flat(svd.recover(second, task)))
 
 
 def _bytes(pretrained, ranks):
@@ -214,7 +191,7 @@ def test_torch_layout_gives_the_same_model():
     state, twin = _fit(torch[0], torch[1:], "torch", rank=3), _fit(*flax, rank=3)
     for task in range(2):
         want = references.as_torch(references.flat(svd.recover(twin, task)))
-        _assert_close(
+        assert_close(
             svd.recover(state, task), {key.replace(".", "/"): leaf for key, leaf in want.items()}
         )
 
@@ -226,7 +203,7 @@ def test_half_precision(dtype, step):
     for name, leaf in references.flat(found).items():
         assert leaf.dtype == pretrained[name].dtype
     want = references_dts.svd_baseline(pretrained, experts[1], 3)
-    _assert_close(found, want, rtol=step, atol=1e-5)
+    assert_close(found, want, rtol=step, atol=1e-5)
 
 
 def test_float64_is_stored_as_float32():
@@ -234,7 +211,7 @@ def test_float64_is_stored_as_float32():
     found = svd.recover(_fit(pretrained, experts, rank=3), 1)
     for leaf in references.flat(found).values():
         assert leaf.dtype != np.float64
-    _assert_close(found, references_dts.svd_baseline(pretrained, experts[1], 3))
+    assert_close(found, references_dts.svd_baseline(pretrained, experts[1], 3))
 
 
 def test_mix():
@@ -247,16 +224,16 @@ def test_mix():
         else start
         for name, start in pretrained.items()
     }
-    _assert_close(svd.mix(state, jnp.array([0.5, 0.25])), want)
-    _assert_close(svd.mix(state, jnp.array([0.0, 1.0])), references.flat(svd.recover(state, 1)))
+    assert_close(svd.mix(state, jnp.array([0.5, 0.25])), want)
+    assert_close(svd.mix(state, jnp.array([0.0, 1.0])), references.flat(svd.recover(state, 1)))
 
 
 def test_a_traced_task_and_eager_are_equal():
     state = _fit(*references.few_leaves(2), rank=3)
     want = references.flat(svd.recover(state, 1))
-    _assert_close(jax.jit(svd.recover)(state, 1), want, 1e-6, 1e-6)
+    assert_close(jax.jit(svd.recover)(state, 1), want, 1e-6, 1e-6)
     with jax.disable_jit():
-        _assert_close(svd.recover(state, 1), want, 1e-6, 1e-6)
+        assert_close(svd.recover(state, 1), want, 1e-6, 1e-6)
 
 
 def test_sharded_equals_one_device(place_on_8_devices):
@@ -270,7 +247,7 @@ def test_sharded_equals_one_device(place_on_8_devices):
     sharded = [place_on_8_devices(model) for model in (pretrained, *experts)]
     state = _fit(sharded[0], sharded[1:], rank=5)
     found = svd.recover(state, 1)
-    _assert_close(found, references.flat(svd.recover(_fit(pretrained, experts, rank=5), 1)))
+    assert_close(found, references.flat(svd.recover(_fit(pretrained, experts, rank=5), 1)))
     kernel = found["a"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharded[0]["a/kernel"].sharding, kernel.ndim)
 

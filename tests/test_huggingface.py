@@ -13,13 +13,13 @@ from retex_jax import (
     command_line,
     experiment,
     export,
+    huggingface,
     lora,
     models,
     offsets,
     preflight,
     recovery,
     release,
-    snapshots,
     train,
     tree,
 )
@@ -55,8 +55,8 @@ def run(tmp_path_factory):
 
 def test_run_reports_the_experts_own_accuracy(run):
     root, _, clip, params, _, results, _, tasks = run
-    located = snapshots.Located(root / "owner/base", {n: root / "owner" / n for n in tiny.NAMES})
-    heads = snapshots.zero_shot_heads(located.pretrained, tasks, ("a photo of {}.", "{}"))
+    located = huggingface.Located(root / "owner/base", {n: root / "owner" / n for n in tiny.NAMES})
+    heads = huggingface.zero_shot_heads(located.pretrained, tasks, ("a photo of {}.", "{}"))
     for task in tasks:
         vision = dict(load(root / "owner" / task.name).params)
         vision["projection"] = params["vision"]["projection"]
@@ -82,8 +82,8 @@ def test_run_names_its_experts(run):
 
 def test_experts_are_read_as_they_lie(run):
     root, *_, backbone, _ = run
-    located = snapshots.Located(root / "owner/base", {n: root / "owner" / n for n in tiny.NAMES})
-    experts, heads = snapshots.open_experts(located, backbone)
+    located = huggingface.Located(root / "owner/base", {n: root / "owner" / n for n in tiny.NAMES})
+    experts, heads = huggingface.open_experts(located, backbone)
     assert heads == dict.fromkeys(tiny.NAMES)
     want = tree.flatten(load(root / "owner/bars").params)
     found = tree.flatten(experts.expert_params(tiny.NAMES.index("bars")))
@@ -138,11 +138,11 @@ def text_batch():
 
 def test_classifiers_bring_their_heads(tmp_path):
     _, made = roberta_snapshots(tmp_path)
-    located = snapshots.Located(tmp_path / "base", {name: tmp_path / name for name in made})
-    backbone = snapshots.load_backbone(located, {}, max_length=8)
+    located = huggingface.Located(tmp_path / "base", {name: tmp_path / name for name in made})
+    backbone = huggingface.load_backbone(located, {}, max_length=8)
     assert backbone.architecture == "RobertaForSequenceClassification"
     assert backbone.encode(["red green"])["input_ids"].shape == (1, 8)
-    experts, heads = snapshots.open_experts(located, backbone)
+    experts, heads = huggingface.open_experts(located, backbone)
     batch = text_batch()
     for index, (name, (model, params)) in enumerate(made.items()):
         want = model.apply({"params": params}, batch)
@@ -155,17 +155,17 @@ def test_classifiers_bring_their_heads(tmp_path):
 def test_adapters_are_experts(tmp_path):
     """The offset of a recovered expert, written as an adapter, is read as that expert."""
     base, made = roberta_snapshots(tmp_path)
-    located = snapshots.Located(tmp_path / "base", {name: tmp_path / name for name in made})
-    backbone = snapshots.load_backbone(located, {})
-    experts, _ = snapshots.open_experts(located, backbone)
+    located = huggingface.Located(tmp_path / "base", {name: tmp_path / name for name in made})
+    backbone = huggingface.load_backbone(located, {})
+    experts, _ = huggingface.open_experts(located, backbone)
     state = offsets.fit(experts, key=jax.random.key(0), rank=3)
     state = dataclasses.replace(state, merged=base)
     table = ARCHITECTURES["RobertaModel"].table(backbone.model)
     names = export.torch_names(tree.flatten(base), table)
     adapter = lora.adapter_from_offset(state, 1, torch_names=names)
     lora.save_adapter(tmp_path / "adapter", adapter.tensors, adapter.config)
-    found, heads = snapshots.open_experts(
-        snapshots.Located(tmp_path / "base", {"only": tmp_path / "adapter"}), backbone
+    found, heads = huggingface.open_experts(
+        huggingface.Located(tmp_path / "base", {"only": tmp_path / "adapter"}), backbone
     )
     assert heads == {"only": None}
     want, got = tree.flatten(offsets.recover(state, 1)), tree.flatten(found.expert_params(0))
@@ -279,9 +279,9 @@ def test_dinov2_expert_loads_in_transformers_with_its_head(run, tmp_path, pool):
 
 def test_roberta_expert_is_exported_with_its_own_classes(tmp_path):
     _, made = roberta_snapshots(tmp_path)
-    located = snapshots.Located(tmp_path / "base", {name: tmp_path / name for name in made})
-    backbone = snapshots.load_backbone(located, {})
-    experts, heads = snapshots.open_experts(located, backbone)
+    located = huggingface.Located(tmp_path / "base", {name: tmp_path / name for name in made})
+    backbone = huggingface.load_backbone(located, {})
+    experts, heads = huggingface.open_experts(located, backbone)
     state = offsets.fit(experts, key=jax.random.key(0), rank=4)
     metadata = {
         "architecture": backbone.architecture,
@@ -315,11 +315,11 @@ def test_roberta_expert_is_exported_with_its_own_classes(tmp_path):
 
 def test_text_data_goes_through_the_snapshots_tokenizer(tmp_path):
     roberta_snapshots(tmp_path)
-    located = snapshots.Located(tmp_path / "base", {"first": tmp_path / "first"})
-    encode = snapshots.load_backbone(located, {}, max_length=6).encode
+    located = huggingface.Located(tmp_path / "base", {"first": tmp_path / "first"})
+    encode = huggingface.load_backbone(located, {}, max_length=6).encode
     assert encode(["red blue"])["input_ids"].tolist() == [
         [WORDS.index("red"), WORDS.index("blue"), WORDS.index("[EOS]"), 0, 0, 0]
     ]
     (tmp_path / "base/tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
-        snapshots.load_backbone(located, {})
+        huggingface.load_backbone(located, {})
