@@ -37,7 +37,10 @@ def get_config() -> ConfigDict:
             },
             # Of retex_jax.compare: "all", or names of retex_jax.METHODS joined by commas.
             "methods": "all",
-            "method_options": {},  # name: options that differ
+            "method_options": {},  # name: options that differ; they are not searched
+            "num_seeds": 3,  # of methods that are random
+            # A further row with the options that are best on the first validation inputs of each task.
+            "search": {"enabled": True, "num_inputs": 64},
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.
             "baselines": {
                 "weight_average": {},

@@ -29,7 +29,7 @@ from retex_jax import (
 )
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
-from retex_jax.typing import Params
+from retex_jax.typing import Params, ProgressFn
 
 
 class Suite(NamedTuple):
@@ -64,23 +64,49 @@ class Unknown(NamedTuple):
     features: np.ndarray
 
 
-def known(suite: Suite, recover: Callable[[int], Params]) -> dict[str, float]:
-    """Test accuracy of each task with its own parameters and its own head.
+def known(
+    suite: Suite,
+    recover: Callable[[int], Params],
+    split: str = "test",
+    progress: ProgressFn | None = None,
+) -> dict[str, float]:
+    """Accuracy of each task with its own parameters and its own head.
 
     Args:
       suite: what to evaluate on.
       recover: task id -> parameters.
+      split: of the tasks.
+      progress: called with (tasks done, tasks) after each.
 
     Returns:
       Task name to accuracy.
     """
     result = {}
     for index, task in enumerate(suite.tasks):
-        test = task.splits["test"]
-        features = recovery.run(suite.model, recover(index), test, suite.batch_size)
+        examples = task.splits[split]
+        features = recovery.run(suite.model, recover(index), examples, suite.batch_size)
         predictions = recovery.logits(suite.heads[index], features).argmax(axis=1)
-        result[task.name] = metrics.accuracy(predictions, test["label"])
+        result[task.name] = metrics.accuracy(predictions, examples["label"])
+        if progress:
+            progress(index + 1, len(suite.tasks))
     return result
+
+
+def validation(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) -> Suite:
+    """The suite that options are chosen on: it holds validation inputs and nothing else.
+
+    Args:
+      suite: whose tasks have a split "val".
+      num_inputs: of each task, the first.
+      recover: task id -> the expert's own parameters.
+
+    Returns:
+      Tasks that have a split "val" only, and `individual` the experts' accuracies on it.
+    """
+    tasks = [_first_inputs(task, num_inputs, "val") for task in suite.tasks]
+    size = min(suite.batch_size, max(len(task.splits["val"]["label"]) for task in tasks))
+    cut = suite._replace(tasks=tasks, batch_size=size, individual={})
+    return cut._replace(individual=known(cut, recover, "val"))
 
 
 def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:
@@ -183,7 +209,6 @@ def result_row(
     `amr` is a fraction, and bytes are measured from what is stored. What is relative to the individual
     accuracies is None where one of them is 0.
     """
-    sound = min(individual.values()) > 0
     return {
         "method": method,
         "variant": variant,
@@ -191,9 +216,7 @@ def result_row(
         "head_known": head_known,
         "needs": needs,
         "accuracy": dict(accuracy),
-        "normalized_accuracy": metrics.normalized_accuracy(accuracy, individual) if sound else None,
-        "accuracy_ratio": metrics.accuracy_ratio(accuracy, individual) if sound else None,
-        "adr": metrics.adr(accuracy, individual) if sound else None,
+        **_relative(accuracy, individual),
         "amr": metrics.amr(bytes_per_task, model_bytes),
         "bytes_per_task": bytes_per_task,
         "identification_accuracy": identification_accuracy,
@@ -245,7 +268,7 @@ def routed_row(
       A row of results.json.
     """
     entry = METHODS[method]
-    tasks = [_first_inputs(task, num_inputs) for task in suite.tasks]
+    tasks = [_first_inputs(task, num_inputs, "test") for task in suite.tasks]
     mixed = mixed_test(tasks, suite.seed)
     read = suite.model.example_batch()
     inputs = {name: array for name, array in mixed.items() if name in read}
@@ -274,10 +297,52 @@ def routed_row(
     )
 
 
-def _first_inputs(task: data.Task, count: int) -> data.Task:
-    test = task.splits["test"]
-    count = min(count, len(test["label"]))
-    return replace(task, splits={"test": data.take(test, np.arange(count))})
+def _first_inputs(task: data.Task, count: int, split: str) -> data.Task:
+    examples = task.splits[split]
+    count = min(count, len(examples["label"]))
+    return replace(task, splits={split: data.take(examples, np.arange(count))})
+
+
+def over_seeds(
+    rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], individual: Mapping[str, float]
+) -> dict[str, Any]:
+    """One row for several seeds of one method.
+
+    Args:
+      rows: one a seed, from `known_row` or `routed_row`.
+      seeds: their numbers.
+      individual: as in the suite.
+
+    Returns:
+      The row of the mean accuracies and of the mean seconds, with "seeds", "normalized_accuracies" of each
+      and "normalized_accuracy_std", their standard deviation (of a sample: the divisor is one less
+      than their number; None for one seed, or where there is no normalized accuracy).
+    """
+    first = rows[0]
+    accuracy = {
+        task: float(np.mean([row["accuracy"][task] for row in rows])) for task in first["accuracy"]
+    }
+    scores = [row["normalized_accuracy"] for row in rows]
+    has_spread = len(rows) > 1 and None not in scores
+    return {
+        **first,
+        "accuracy": accuracy,
+        **_relative(accuracy, individual),
+        "normalized_accuracies": scores,
+        "normalized_accuracy_std": float(np.std(scores, ddof=1)) if has_spread else None,
+        "seeds": list(seeds),
+        "seconds_fit": float(np.mean([row["seconds_fit"] for row in rows])),
+        "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows),
+    }
+
+
+def _relative(accuracy: Mapping[str, float], individual: Mapping[str, float]) -> dict[str, Any]:
+    """What is relative to the individual accuracies; None where one of them is 0."""
+    sound = min(individual.values()) > 0
+    measures = (metrics.normalized_accuracy, metrics.accuracy_ratio, metrics.adr)
+    return {
+        measure.__name__: measure(accuracy, individual) if sound else None for measure in measures
+    }
 
 
 def unknown_rows(
@@ -360,7 +425,7 @@ def print_methods(rows: Sequence[Mapping[str, Any]]) -> None:
             [
                 f"{row['method']} {row['variant']}".strip(),
                 "known" if row["task_known"] else "own head" if row["head_known"] else "unknown",
-                row["normalized_accuracy"],
+                _with_spread(row),
                 row["amr"],
                 round(row["bytes_per_task"] / 1024),
                 "" if row["identification_accuracy"] is None else row["identification_accuracy"],
@@ -369,6 +434,12 @@ def print_methods(rows: Sequence[Mapping[str, Any]]) -> None:
             for row in rows
         ],
     )
+
+
+def _with_spread(row: Mapping[str, Any]) -> Any:
+    """The normalized accuracy; as text with its standard deviation where it has one."""
+    mean, spread = row["normalized_accuracy"], row.get("normalized_accuracy_std")
+    return mean if spread is None else f"{mean:.3f} +- {spread:.3f}"
 
 
 def main() -> None:

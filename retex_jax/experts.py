@@ -8,7 +8,7 @@ memory, safetensors files, which are read through memory maps, or LoRA adapters 
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ __all__ = [
 class ExpertSet:
     """A pretrained model and its T experts; make one with one of the `from_` methods.
 
+    Where the pretrained model is None, methods that read it raise ValueError; see `rebased`.
+
     Attributes:
       names: one name an expert (task), unique, in task order.
       layout: which axis of a kernel is the output: "flax" (in, out) or "torch" (out, in).
@@ -43,13 +45,13 @@ class ExpertSet:
     names: tuple[str, ...]
     layout: Layout
     leaves: Mapping[str, jax.ShapeDtypeStruct]
-    _pretrained: Source
+    _pretrained: Source | None
     _experts: tuple[Source, ...]
 
     @classmethod
     def from_trees(
         cls,
-        pretrained: Params,
+        pretrained: Params | None,
         experts: Sequence[Params],
         *,
         names: Sequence[str] | None = None,
@@ -60,7 +62,7 @@ class ExpertSet:
         """Takes trees that are in memory.
 
         Args:
-          pretrained: nested dict of arrays.
+          pretrained: nested dict of arrays, or None where it is not at hand.
           experts: T nested dicts with the same leaves, shapes and dtypes.
           names: T unique names; "task_0", "task_1", ... when not given.
           layout: "flax" or "torch".
@@ -76,7 +78,7 @@ class ExpertSet:
         """
         sources = [TreeSource(expert) for expert in experts]
         return cls.from_sources(
-            TreeSource(pretrained),
+            None if pretrained is None else TreeSource(pretrained),
             sources,
             names=names,
             layout=layout,
@@ -87,7 +89,7 @@ class ExpertSet:
     @classmethod
     def from_safetensors(
         cls,
-        pretrained: str | os.PathLike[str],
+        pretrained: str | os.PathLike[str] | None,
         experts: Sequence[str | os.PathLike[str]],
         *,
         names: Sequence[str] | None = None,
@@ -99,7 +101,7 @@ class ExpertSet:
 
         Args:
           pretrained: path of the pretrained model: a file, or a folder with model.safetensors or with
-            an index and its shards.
+            an index and its shards; or None where it is not at hand.
           experts: T paths.
           names: T unique names; the files' stems (the folders' names) when not given, where those are
             unique.
@@ -115,7 +117,7 @@ class ExpertSet:
         """
         sources = [SafetensorsSource(path) for path in experts]
         return cls.from_sources(
-            SafetensorsSource(pretrained),
+            None if pretrained is None else SafetensorsSource(pretrained),
             sources,
             names=_own_names(sources) if names is None else names,
             layout=layout,
@@ -173,7 +175,7 @@ class ExpertSet:
     @classmethod
     def from_sources(
         cls,
-        pretrained: Source,
+        pretrained: Source | None,
         experts: Sequence[Source],
         *,
         names: Sequence[str] | None = None,
@@ -184,7 +186,8 @@ class ExpertSet:
         """Takes anything that names its leaves and reads one of them at a time.
 
         Args:
-          pretrained: source of the pretrained model.
+          pretrained: source of the pretrained model, or None where it is not at hand: the first expert
+            then says which leaves there are, and gives those that are not float.
           experts: T sources.
           names: T unique names; "task_0", "task_1", ... when not given.
           layout: "flax" or "torch", of all sources.
@@ -205,9 +208,10 @@ class ExpertSet:
             raise ValueError(f"names: got {names!r}, expected {len(experts)} unique names")
         if isinstance(exclude, str):
             raise ValueError(f"exclude: got {exclude!r}, expected a sequence of patterns")
-        leaves = _kept(pretrained, exclude)
+        leaves = _kept(experts[0] if pretrained is None else pretrained, exclude)
         if not any(tree.is_float(spec.dtype) for spec in leaves.values()):
-            raise ValueError("pretrained: no leaf is left to merge")
+            owner = names[0] if pretrained is None else "pretrained"
+            raise ValueError(f"{owner}: no leaf is left to merge")
         tree.unflatten(leaves)
         for name, spec in leaves.items():
             tree.matrix_view(name, spec.shape, layout)
@@ -215,8 +219,9 @@ class ExpertSet:
         for task, expert in zip(names, experts, strict=True):
             problems += _mismatches(task, leaves, _kept(expert, exclude))
         if check_finite and not problems:
-            for owner, source in zip(("pretrained", *names), (pretrained, *experts), strict=True):
-                problems += _not_finite(owner, source, leaves)
+            owned = zip(("pretrained", *names), (pretrained, *experts), strict=True)
+            for owner, source in owned:
+                problems += _not_finite(owner, source, leaves) if source is not None else []
         if problems:
             raise ValueError("the experts do not fit:\n  " + "\n  ".join(problems))
         return cls(tuple(names), layout, leaves, pretrained, tuple(experts))
@@ -232,8 +237,20 @@ class ExpertSet:
         return [name for name, spec in self.leaves.items() if tree.is_float(spec.dtype)]
 
     def pretrained(self, name: str) -> Array:
-        """One leaf of the pretrained model: [*shape], its own dtype."""
-        return self._pretrained.read(name)
+        """One leaf of the pretrained model: [*shape], its own dtype.
+
+        Raises:
+          ValueError: if there is no pretrained model and the leaf is float; others are the first expert's.
+        """
+        if self._pretrained is not None:
+            return self._pretrained.read(name)
+        if tree.is_float(self.leaves[name].dtype):
+            raise ValueError(
+                f"pretrained: got None, but {name} of it is needed; take a method that works without, or "
+                "let a merged model take its place: experts.rebased(merged), with merged = "
+                "METHODS['weight_average'].fit(experts)"
+            )
+        return self._experts[0].read(name)
 
     def expert(self, name: str, task: int) -> Array:
         """One leaf of one expert: [*shape], its own dtype."""
@@ -248,6 +265,36 @@ class ExpertSet:
     def task_vectors(self, name: str) -> jax.Array:
         """tau_t = theta_t - theta_0 of one leaf (arXiv:2212.04089): [T, *shape], float32."""
         return self.stacked(name) - jnp.asarray(self.pretrained(name), dtype=jnp.float32)
+
+    def rebased(self, merged: Params) -> "ExpertSet":
+        """The same experts with a merged model in place of the pretrained one.
+
+        Every method then works on difference vectors d_t = theta_t - theta_merge where it takes task vectors
+        tau_t = theta_t - theta_0 (DTS, section 3.1 and appendix D.5, tables 15 to 18), and adds to theta_merge.
+
+        Args:
+          merged: nested dict with the experts' leaves, shapes and dtypes, such as a merger returns.
+
+        Returns:
+          The expert set; no leaf is copied.
+
+        Raises:
+          ValueError: if a leaf of `merged` is missing, extra or misshaped, has another dtype, NaN or Inf;
+            all problems are listed.
+        """
+        source = TreeSource(merged)
+        expected = {  # as a merger stores it: without 64-bit types where JAX has none
+            name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+            for name, leaf in self.leaves.items()
+        }
+        got = {
+            name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+            for name, leaf in sorted(source.leaves.items())
+        }
+        problems = _mismatches("merged", expected, got) or _not_finite("merged", source, got)
+        if problems:
+            raise ValueError("the merged model does not fit:\n  " + "\n  ".join(problems))
+        return replace(self, _pretrained=source)
 
     def pretrained_params(self) -> Params:
         """The whole pretrained model, as a nested dict."""

@@ -5,7 +5,7 @@
 and its `fit` takes a `calibration` of such inputs; none takes a label.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,25 @@ NEEDS = {
     "unlabelled test inputs, by task": "test",
     "unlabelled test inputs, all experts": "test",
 }
-"""What a method may need, and the split that those inputs are of."""
+"""What the fit of a method may need, and the split that those inputs are of."""
+
+SEARCH_NEEDS = "labelled validation inputs"
+"""What the choice of a method's options by `retex_jax.search` needs, beside what its fit needs."""
+
+Random = Callable[[Mapping[str, Any]], bool]
+
+
+def _never(options: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _always(options: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _by_base(options: Mapping[str, Any]) -> bool:
+    """Of methods that take differences from the model of a merger: DARE is the random one."""
+    return options.get("base") == "dare"
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Method:
         paper has none.
       predict: (state, model, batch) -> features [B, d], float32, for methods that mix by input; `model` has
         the functions of a `Calibration`. None for others.
+      random: options -> whether `fit` uses its key with them, so that another key gives another state.
     """
 
     fit: Callable[..., Any]
@@ -60,13 +79,16 @@ class Method:
     mix: Callable[..., Params] | None = None
     paper_amr: Callable[[Any], float] | None = None
     predict: Callable[..., Any] | None = None
+    random: Random = _never
 
 
-def _static(fit: Callable[..., Params], needs: str = "none") -> Method:
-    return Method(fit, lambda state, task: state, needs, extra_bytes=lambda state: 0)
+def _static(fit: Callable[..., Params], needs: str = "none", random: Random = _never) -> Method:
+    return Method(fit, lambda state, task: state, needs, extra_bytes=lambda state: 0, random=random)
 
 
-def _personalized(module: Any, fit: Callable[..., Any] | None = None) -> Method:
+def _personalized(
+    module: Any, fit: Callable[..., Any] | None = None, random: Random = _never
+) -> Method:
     return Method(
         fit or module.fit,
         module.recover,
@@ -75,29 +97,38 @@ def _personalized(module: Any, fit: Callable[..., Any] | None = None) -> Method:
         mix=getattr(module, "mix", None),
         paper_amr=getattr(module, "paper_amr", None),
         predict=getattr(module, "predict", None),
+        random=random,
     )
 
 
 METHODS: dict[str, Method] = {
-    **{name: _static(fit) for name, fit in MERGERS.items()},
-    "fisher": _static(fisher.fit, "calibration inputs"),
+    **{
+        name: _static(fit, random=_always if name == "dare" else _never)
+        for name, fit in MERGERS.items()
+    },
+    "fisher": _static(
+        fisher.fit,
+        "calibration inputs",
+        random=lambda options: options.get("num_samples") is not None,
+    ),
     "regmean": _static(regmean.fit, "calibration inputs"),
     "adamerging": _static(adamerging.fit, adamerging.NEEDS),
-    "svd": _personalized(svd),
+    "svd": _personalized(svd, random=_by_base),
     "dts_t": _personalized(dts, partial(dts.fit, variant="task")),
-    "dts_d": _personalized(dts, partial(dts.fit, variant="difference")),
+    "dts_d": _personalized(dts, partial(dts.fit, variant="difference"), _by_base),
     "emr": _personalized(emr),
     "t_switch": _personalized(t_switch),
     "tall_mask": _personalized(tall_mask),
-    "twin": _personalized(twin),
+    "twin": _personalized(twin, random=_always),
     "dawin": _personalized(dawin),
-    "smear_frozen": _personalized(smear),
-    "wemoe": _personalized(wemoe),
+    "smear_frozen": _personalized(smear, random=_always),
+    "wemoe": _personalized(wemoe, random=_always),
     "retex": Method(
         offsets.fit,
         offsets.recover,
         needs="none",
         extra_bytes=offsets.offset_bytes,
         mix=offsets.mix,
+        random=lambda options: options.get("solver") == "adam" or _by_base(options),
     ),
 }

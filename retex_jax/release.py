@@ -10,10 +10,10 @@ import numpy as np
 
 from retex_jax import artifact, tree
 from retex_jax.identifier.subspace import Signatures
-from retex_jax.offsets import FitReport, OffsetState
+from retex_jax.offsets import FitReport, OffsetState, serialization
 from retex_jax.recovery import Head, Identifier
 
-_PARTS = {"merged", "task_embeddings", "generators", "shared_factors", "identifier", "heads"}
+_PARTS = {"merged", "task_embeddings", "offsets", "identifier", "heads"}
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
     """Writes artifact.safetensors and manifest.json; returns their bytes."""
     state, signatures = release.state, release.identifier.signatures
     report = state.report
+    factors, forms = serialization.to_tensors(state.offsets)
     tensors = tree.flatten(
         {
             "merged": state.merged,
             "task_embeddings": state.task_embeddings,
-            "generators": tree.unflatten(state.generators),
-            "shared_factors": tree.unflatten(state.shared_factors),
+            "offsets": tree.unflatten(factors),
             "identifier": {"centers": signatures.centers, "bases": signatures.bases},
             "heads": release.heads,
         }
@@ -51,6 +51,7 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
         **release.metadata,
         "layout": state.layout,
         "tasks": list(release.heads),
+        "forms": forms,
         "identifier": {"layer": release.identifier.layer, "normalize": signatures.normalize},
         "report": {
             "residuals": report.residuals,
@@ -69,7 +70,7 @@ def load(directory: str | os.PathLike[str]) -> Release:
       ValueError: if it is damaged or is not a release.
     """
     tensors, metadata = artifact.load(directory)
-    expected = {"layout", "tasks", "identifier", "report"}
+    expected = {"layout", "tasks", "forms", "identifier", "report"}
     if missing := expected - set(metadata):
         raise ValueError(f"{directory}: the manifest lacks {sorted(missing)}: not a release")
     folders = {name.split("/")[0] for name in tensors}
@@ -81,8 +82,7 @@ def load(directory: str | os.PathLike[str]) -> Release:
     state = OffsetState(
         merged=parts["merged"],
         task_embeddings=parts["task_embeddings"],
-        generators=tree.flatten(parts["generators"]),
-        shared_factors=tree.flatten(parts["shared_factors"]),
+        offsets=serialization.from_tensors(tree.flatten(parts["offsets"]), metadata["forms"]),
         report=FitReport(report["residuals"], optima, report["energies"], {}),
         layout=metadata["layout"],
     )

@@ -7,7 +7,7 @@ still be of validation labels.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,3 +185,34 @@ def default_grids() -> dict[str, Grid]:
         "consensus": {"mask_lambda": _steps(2, 6), "scaling": _steps(1, 10)},
         "tall_mask": {"mask_lambda": _steps(2, 6)},
     }
+
+
+PER_TASK: Mapping[str, str] = {"tall_mask": "mask_lambda"}
+"""By method, the option that `SearchResult.per_task` chooses, as published."""
+
+
+def published_grid(method: str, options: Mapping[str, Any], fixed: Iterable[str] = ()) -> Grid:
+    """The published grid of a method with these options.
+
+    Args:
+      method: name in METHODS.
+      options: of which TIES' `merge` decides: "sum" is scaled as Task Arithmetic is.
+      fixed: names of options that are not to be searched.
+
+    Returns:
+      Option name to the values to try; empty where there is nothing to search.
+    """
+    grids = default_grids()
+    if method == "ties" and options.get("merge") == "sum":
+        method = "task_arithmetic"
+    fixed = set(fixed)
+    return {name: values for name, values in grids.get(method, {}).items() if name not in fixed}
+
+
+def chosen_options(method: str, result: SearchResult) -> dict[str, Any]:
+    """The best options of a method, with one value a task where `PER_TASK` has it so."""
+    options = dict(result.options)
+    option = PER_TASK.get(method)
+    if option in options:
+        options[option] = result.per_task(option)
+    return options

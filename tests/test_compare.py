@@ -1,13 +1,28 @@
 """The comparison of methods, as a program."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from retex_jax import collection, command_line, compare, evaluate, recovery, tree
-from retex_jax.methods import METHODS
+from retex_jax import (
+    collection,
+    command_line,
+    compare,
+    data,
+    evaluate,
+    logging,
+    recovery,
+    search,
+    tree,
+    variants,
+)
+from retex_jax.methods import METHODS, NEEDS
+
+SEARCH = {"enabled": True, "num_inputs": 8}
 
 
 @pytest.fixture
@@ -16,21 +31,87 @@ def settings():
 
 
 def test_plan_names_every_method_and_rank(settings):
-    entries = compare.plan(settings)
-    assert {method for method, _, _ in entries} == set(METHODS)
-    assert [options for method, _, options in entries if method == "retex"] == [
+    entries = variants.plan(settings)
+    assert {entry.method for entry in entries} == set(METHODS)
+    assert [entry.options for entry in entries if entry.method == "retex"] == [
         {"rank": 2},
         {"rank": 8},
     ]
-    assert len({(method, variant) for method, variant, _ in entries}) == len(entries)
+    assert len({entry.name for entry in entries}) == len(entries)
 
 
 def test_plan_takes_names(settings):
-    settings["methods"] = "emr, ties"
-    assert [method for method, _, _ in compare.plan(settings)] == ["ties", "emr"]
+    settings["methods"] = "emr, svd"
+    names = [entry.name for entry in variants.plan(settings)]
+    assert names == ["svd", "emr", "emr from=weight_average"]
     settings["methods"] = "emr,tie"
     with pytest.raises(ValueError, match=r"got \['tie'\].*did you mean 'ties'"):
-        compare.plan(settings)
+        variants.plan(settings)
+
+
+def test_plan_lists_every_problem(settings):
+    settings |= {"num_seeds": 0, "search": {"enabled": True, "num_inputs": 0}}
+    settings["method_options"] = {"tie": {}}
+    with pytest.raises(ValueError) as error:
+        variants.plan(settings)
+    for part in ("num_seeds: got 0", "search.num_inputs: got 0", "method_options: got ['tie']"):
+        assert part in str(error.value)
+
+
+def test_every_published_grid_is_searched_once_a_variant(settings):
+    entries = [entry for entry in variants.plan(settings) if entry.grid]
+    assert [entry.name for entry in entries] == [
+        "task_arithmetic scaling (validation)",
+        "ties density=0.2, merge=mean, scaling (validation)",
+        "dare merge=weight_average, drop (validation)",
+        "dare merge=task_arithmetic, drop (validation)",
+        "dare merge=ties, drop (validation)",
+        "consensus mask_lambda, scaling (validation)",
+        "tall_mask mask_lambda (validation)",
+    ]
+    grids = search.default_grids()
+    assert all(entry.grid == grids[entry.method] for entry in entries)
+    assert all(not set(entry.grid) & set(entry.options) for entry in entries)
+    assert entries[5].num_candidates == 50
+    assert {entry.needs for entry in entries} == {"labelled validation inputs"}
+    wanted = "mask_lambda=0.2/0.4, scaling=0.3 (validation)"
+    assert entries[5].variant({"mask_lambda": (0.2, 0.4), "scaling": 0.3}) == wanted
+
+
+def test_what_the_user_sets_is_not_searched(settings):
+    settings["methods"] = "consensus,ties"
+    settings["method_options"] = {"consensus": {"scaling": 0.5}, "ties": {"merge": "sum"}}
+    entries = {entry.name: entry for entry in variants.plan(settings)}
+    tenths = [float(f"{i / 10:.1f}") for i in range(1, 11)]
+    found = entries["ties density=0.2, merge=sum, scaling (validation)"]
+    assert list(found.grid["scaling"]) == tenths
+    found = entries["consensus scaling=0.5, mask_lambda (validation)"]
+    assert list(found.grid) == ["mask_lambda"]
+    settings["search"]["enabled"] = False
+    assert not any(entry.grid for entry in variants.plan(settings))
+
+
+def test_entries_that_options_make_equal_are_one(settings):
+    settings["method_options"] = {"dts_t": {"amr": 0.2}}
+    names = [entry.name for entry in variants.plan(settings)]
+    assert [name for name in names if name.startswith("dts_t")] == ["dts_t amr=0.2"]
+
+
+def test_seeds_are_of_what_is_random(settings):
+    settings["num_seeds"] = 4
+    for method, options, want in (
+        ("dare", {}, 4),
+        ("twin", {}, 4),
+        ("fisher", {"num_samples": 2}, 4),
+        ("fisher", {}, 1),
+        ("retex", {"solver": "adam"}, 4),
+        ("retex", {"base": "dare"}, 4),
+        ("retex", {"rank": 2}, 1),
+        ("dts_d", {}, 1),
+        ("dawin", {}, 1),
+    ):
+        entry = variants.Entry(method, options)
+        assert variants.seeds(entry, settings) == list(range(want)), (method, options)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +144,140 @@ def test_calibration_computes_what_the_evaluation_does(calibrated):
     assert calibrations["train"].logits is calibrations["test"].logits
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fisher", {"num_samples": 1}),
+        ("fisher", {}),
+        ("regmean", {}),
+        ("adamerging", {"steps": 1}),
+        ("svd", {"base": "dare"}),
+        ("dts_d", {"base": "dare"}),
+        ("retex", {"rank": 2, "base": "dare"}),
+        ("retex", {"rank": 2, "solver": "adam", "steps": 1, "warmup_steps": 0}),
+        ("twin", {"router_options": {"epochs": 1}}),
+        ("dawin", {}),
+        ("smear_frozen", {"router_options": {"epochs": 1}}),
+        ("wemoe", {"steps": 1}),
+    ],
+)
+def test_only_what_is_called_random_depends_on_the_key(calibrated, name, options):
+    """The other methods, and DARE, are tried in test_methods.py."""
+    _, collected, calibrations = calibrated
+    given = dict(options)
+    if split := NEEDS[METHODS[name].needs]:
+        given["calibration"] = calibrations[split]
+    states = [
+        METHODS[name].fit(collected.experts, key=jax.random.key(seed), **given) for seed in (0, 1)
+    ]
+    equal = all(
+        np.array_equal(one, two) for one, two in zip(*map(jax.tree.leaves, states), strict=True)
+    )
+    assert equal == (not METHODS[name].random(options))
+
+
+@pytest.fixture(scope="module")
+def bench(calibrated):
+    run, collected, _ = calibrated
+    settings = {**run.settings, "search": SEARCH, "num_seeds": 3}
+    return compare.Bench(settings, run.backbone, run.tasks, collected, logging.Clock())
+
+
+def test_options_are_chosen_on_validation_inputs_only(bench, calibrated):
+    run, collected, _ = calibrated
+    suite = bench.validation
+    for task, whole in zip(suite.tasks, run.tasks, strict=True):
+        assert set(task.splits) == {"val"}
+        for name, array in task.splits["val"].items():
+            np.testing.assert_array_equal(array, whole.splits["val"][name][:8])
+    params = collected.experts.expert_params(1)
+    scores = compare.validation_score(suite, "weight_average")(params)
+    for index, task in enumerate(run.tasks):
+        val = task.splits["val"]
+        right = []
+        for one in (params, collected.experts.expert_params(index)):
+            features = recovery.run(run.backbone.model, one, data.take(val, np.arange(8)), 8)
+            head = list(collected.heads.values())[index]
+            right.append((recovery.logits(head, features).argmax(1) == val["label"][:8]).mean())
+        assert scores[index] == right[0] / right[1]
+
+
+def test_experts_that_have_none_right_are_not_divided_by(bench, calibrated):
+    params = calibrated[1].experts.expert_params(1)
+    individual = dict.fromkeys(bench.validation.individual, 0.5) | {"dots": 0.0}
+    suite = bench.validation._replace(individual=individual)
+    scores = compare.validation_score(suite, "weight_average")(params)
+    assert scores == list(evaluate.known(suite, lambda task: params, "val").values())
+
+
+def test_a_search_ends_in_the_row_of_its_best_options(bench):
+    (entry,) = (e for e in variants.plan({**bench.settings, "methods": "tall_mask"}) if e.grid)
+    calls = []
+    found = compare.choose(bench, entry, lambda done, **shown: calls.append((done, shown)))
+    assert len(found.trials) == 5
+    assert calls[-1] == (5, {"candidate": "5/5"})
+    assert (2, {"candidate": "3/5", "task": "1/3"}) in calls
+    chosen = search.chosen_options("tall_mask", found)
+    assert chosen == {"mask_lambda": found.per_task("mask_lambda")}
+    row = compare.fit_row(bench, entry, chosen, lambda *done, **shown: None)
+    state = METHODS["tall_mask"].fit(bench.experts(None), **chosen)
+    want = evaluate.known(bench.suite, lambda task: METHODS["tall_mask"].recover(state, task))
+    assert row["accuracy"] == want
+    words = "/".join(map(str, chosen["mask_lambda"]))
+    assert row["variant"] == f"mask_lambda={words} (validation)"
+    assert row["needs"] == "labelled validation inputs"
+    assert (row["seeds"], row["normalized_accuracy_std"]) == ([0], None)
+
+
+def test_candidates_after_the_first_compile_nothing(bench, caplog):
+    entry = variants.Entry("consensus", {}, None, {"mask_lambda": (0.2,), "scaling": (0.1,)})
+    compare.choose(bench, entry, lambda *done, **shown: None)
+    rest = {"mask_lambda": (0.3, 0.6), "scaling": (0.4, 0.9)}
+    with jax.log_compiles():
+        compare.choose(bench, dataclasses.replace(entry, grid=rest), lambda *done, **shown: None)
+        assert not [text for text in caplog.messages if text.startswith("Compiling")]
+        jax.jit(lambda x: x * 3.25)(np.ones(7))
+        assert [text for text in caplog.messages if text.startswith("Compiling")]
+
+
+def test_rows_of_several_seeds(bench):
+    entry = variants.Entry("dare", {"drop": 0.9})
+    row = compare.fit_row(bench, entry, {}, lambda *done, **shown: None)
+    scores, accuracies = [], []
+    for seed in range(3):
+        key = jax.random.fold_in(jax.random.key(bench.settings["seed"]), seed)
+        merged = METHODS["dare"].fit(bench.experts(None), key=key, drop=0.9)
+        accuracy = evaluate.known(bench.suite, lambda task, merged=merged: merged)
+        accuracies.append(accuracy)
+        own = bench.suite.individual
+        scores.append(sum(accuracy[task] / own[task] for task in own) / len(own))
+    assert len(set(scores)) > 1
+    assert row["seeds"] == [0, 1, 2]
+    np.testing.assert_allclose(row["normalized_accuracies"], scores, rtol=1e-12)
+    np.testing.assert_allclose(row["normalized_accuracy"], sum(scores) / 3, rtol=1e-12)
+    spread = (sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5
+    np.testing.assert_allclose(row["normalized_accuracy_std"], spread, rtol=1e-9)
+    for task, value in row["accuracy"].items():
+        np.testing.assert_allclose(value, sum(a[task] for a in accuracies) / 3, rtol=1e-12)
+
+
+def test_difference_vectors_are_of_the_averaged_model(bench):
+    """EMR by hand on d_t = theta_t - theta_merge, of a leaf."""
+    experts = bench.experts(None)
+    moved = bench.experts("weight_average")
+    assert bench.experts("weight_average") is moved
+    name = experts.float_leaves[-1]
+    merged = np.asarray(experts.stacked(name), np.float64).mean(axis=0)
+    np.testing.assert_allclose(moved.pretrained(name), merged, rtol=1e-5, atol=1e-6)
+    row = compare.fit_row(
+        bench, variants.Entry("t_switch", {}, "weight_average"), {}, lambda *done, **shown: None
+    )
+    state = METHODS["t_switch"].fit(moved)
+    want = evaluate.known(bench.suite, lambda task: METHODS["t_switch"].recover(state, task))
+    assert row["accuracy"] == want
+    assert row["variant"] == "from=weight_average"
+
+
 def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypatch):
     """A method that sends every input to one expert has that expert's accuracies."""
     run, collected, calibrations = calibrated
@@ -83,11 +298,13 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     assert row["bytes_per_task"] == 10
 
 
-def test_every_method_runs(tmp_path_factory, tmp_path):
+def test_every_method_runs(tmp_path_factory, tmp_path, capsys):
     run = tiny.trained(tmp_path_factory)
     config = tiny.get_config()
     config.calibration = {"num_inputs": 16, "batch_size": 8}
     config.evaluate.routed_inputs = 8
+    config.search.num_inputs = 4
+    config.num_seeds = 2
     config.method_options = {
         "adamerging": {"steps": 2},
         "wemoe": {"steps": 2},
@@ -99,8 +316,86 @@ def test_every_method_runs(tmp_path_factory, tmp_path):
         results = compare.compare(config, tmp_path)
     assert results["failed"] == {}
     assert {row["method"] for row in results["rows"]} == set(METHODS)
-    for row in results["rows"]:
+    entries = variants.plan(command_line.as_dict(config))
+    assert [row["entry"] for row in results["rows"]] == [entry.name for entry in entries]
+    assert list(results["searches"]) == [entry.name for entry in entries if entry.grid]
+    for row, entry in zip(results["rows"], entries, strict=True):
         assert row["task_known"] == (METHODS[row["method"]].predict is None)
+        assert row["needs"] == entry.needs
+        assert len(row["seeds"]) == len(row["normalized_accuracies"])
+        assert (row["normalized_accuracy_std"] is None) == (row["seeds"] == [0])
+        if entry.grid:
+            found = results["searches"][entry.name]
+            assert len(found["trials"]) == entry.num_candidates
+            assert found["score"] == max(trial["score"] for trial in found["trials"])
+            assert row["variant"].endswith(" (validation)")
+            kept = compare.searched(entry, found["chosen"], _found(found))
+            assert json.loads(json.dumps(kept)) == found
+    text = capsys.readouterr().out
+    assert "+-" in text and "scaling=" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "mean \u00b1 standard deviation of 2 seeds" in page
+    with tiny.world(run.cache):
+        again = compare.compare(config, tmp_path)
+    assert again["rows"] == results["rows"] and again["searches"] == results["searches"]
+    assert f"kept {len(entries)} rows" in capsys.readouterr().err
+
+
+def _found(told):
+    trials = [
+        search.Trial(t["options"], t["score"], tuple(t["task_scores"]), t["error"])
+        for t in told["trials"]
+    ]
+    return search.SearchResult({}, told["score"], tuple(trials))
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch, capsys):
+    run = tiny.trained(tmp_path_factory)
+    config = tiny.get_config()
+    config.methods = "weight_average,dare,svd"
+    config.search.enabled = False
+    config.num_seeds = 2
+    fits = []
+
+    def counted(name, stops=False):
+        fit = METHODS[name].fit
+
+        def count(experts, **options):
+            if stops:
+                raise KeyboardInterrupt
+            fits.append(name)
+            return fit(experts, **options)
+
+        return dataclasses.replace(METHODS[name], fit=count)
+
+    path = tmp_path / "results.json"
+    with tiny.world(run.cache):
+        for name in ("weight_average", "dare"):
+            monkeypatch.setitem(METHODS, name, counted(name))
+        with monkeypatch.context() as patch:
+            patch.setitem(METHODS, "svd", counted("svd", stops=True))
+            with pytest.raises(KeyboardInterrupt):
+                compare.compare(config, tmp_path)
+        assert fits == ["weight_average", *["dare"] * 6]
+        before = json.loads(path.read_text())
+        assert [row["method"] for row in before["rows"]] == ["weight_average", *["dare"] * 3]
+        fits.clear()
+        capsys.readouterr()
+        after = compare.compare(config, tmp_path)
+        assert fits == []
+        assert "kept 4 rows" in capsys.readouterr().err
+        assert after["rows"][:4] == before["rows"] and after["rows"][4]["method"] == "svd"
+        config.methods, config.num_seeds = "dare,weight_average", 3  # svd stays in the table
+        assert compare.compare(config, tmp_path)["rows"][4] == after["rows"][4]
+        assert fits == ["dare"] * 9
+        fits.clear()
+        config.calibration.num_inputs += 1
+        config.methods = "weight_average"
+        assert [row["method"] for row in compare.compare(config, tmp_path)["rows"]] == [
+            "weight_average"
+        ]
+        assert fits == ["weight_average"]
+        assert "is replaced" in capsys.readouterr().err
 
 
 def test_a_method_that_fails_is_reported_and_the_rest_go_on(
@@ -111,12 +406,15 @@ def test_a_method_that_fails_is_reported_and_the_rest_go_on(
     config.methods = "weight_average,emr,svd,retex"
 
     def fail(experts, **options):
-        raise FloatingPointError("no number")
+        raise KeyError("no leaf")
 
     monkeypatch.setitem(METHODS, "emr", METHODS["emr"].__class__(fail, None, "none", None))
     with tiny.world(run.cache):
         results = compare.compare(config, tmp_path)
-    assert results["failed"] == {"emr": "FloatingPointError: no number"}
+    assert results["failed"] == {
+        "emr": "KeyError: 'no leaf'",
+        "emr from=weight_average": "KeyError: 'no leaf'",
+    }
     assert [row["method"] for row in results["rows"]] == [
         "weight_average",
         "svd",

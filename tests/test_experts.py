@@ -13,8 +13,9 @@ from retex_jax import experts as experts_module
 
 
 def _from_flat(pretrained, experts, **options):
+    pretrained = None if pretrained is None else references.nested(pretrained)
     return rtx.ExpertSet.from_trees(
-        references.nested(pretrained), [references.nested(expert) for expert in experts], **options
+        pretrained, [references.nested(expert) for expert in experts], **options
     )
 
 
@@ -395,3 +396,124 @@ def test_from_sources():
         rtx.ExpertSet.from_sources(
             pretrained, [experts_module.TreeSource({"a": 1.0})], names=["x"], layout="flax"
         )
+
+
+def test_rebased_puts_a_merged_model_in_the_pretrained_ones_place():
+    pretrained, experts = references.flax_model(2)
+    merged = references.weight_average(pretrained, experts)
+    merged = {name: leaf.astype(pretrained[name].dtype) for name, leaf in merged.items()}
+    moved = _from_flat(pretrained, experts).rebased(references.nested(merged))
+    for name in moved.float_leaves:
+        np.testing.assert_array_equal(moved.pretrained(name), merged[name])
+        stack = np.stack([expert[name] for expert in experts])
+        np.testing.assert_array_equal(moved.task_vectors(name), stack - merged[name])
+    assert references.flat(moved.expert_params(1)).keys() == experts[1].keys()
+
+
+def test_rebased_takes_what_a_merger_returns():
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        pretrained, experts = references.flax_model(2, dtype=dtype)
+        expert_set = _from_flat(pretrained, experts)
+        merged = rtx.METHODS["weight_average"].fit(expert_set)
+        assert expert_set.rebased(merged).num_tasks == 2
+
+
+def test_rebased_lists_what_does_not_fit():
+    pretrained, experts = references.few_leaves(1)
+    names = sorted(pretrained)
+    wrong = dict(pretrained)
+    wrong["another"] = wrong.pop(names[0])
+    wrong[names[1]] = wrong[names[1]][..., None]
+    with pytest.raises(ValueError, match="the merged model does not fit") as error:
+        _from_flat(pretrained, experts).rebased(references.nested(wrong))
+    for part in (f"missing leaf {names[0]}", "extra leaf another", f"{names[1]} has shape"):
+        assert part in str(error.value)
+    expert_set = rtx.ExpertSet.from_trees({"a": np.ones(2, "f4")}, [{"a": np.ones(2, "f4")}])
+    for leaf, match in (
+        (np.ones(2, np.float16), "merged: a has dtype float16"),
+        (np.array([1, np.nan], np.float32), "merged: a has 1 values"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            expert_set.rebased({"a": leaf})
+
+
+def _without(num_tasks=2):
+    pretrained, experts = references.flax_model(num_tasks)
+    for task, expert in enumerate(experts):
+        for name, leaf in expert.items():
+            if not references.is_float(leaf):
+                expert[name] = (leaf + task).astype(leaf.dtype)
+    return pretrained, experts, _from_flat(None, experts)
+
+
+def test_without_a_pretrained_model_the_first_expert_gives_what_is_not_merged():
+    pretrained, experts, expert_set = _without()
+    assert list(expert_set.leaves) == sorted(pretrained)
+    with_it = _from_flat(pretrained, experts)
+    found = references.flat(rtx.METHODS["weight_average"].fit(expert_set))
+    want = references.flat(rtx.METHODS["weight_average"].fit(with_it))
+    buffers = set(pretrained) - set(expert_set.float_leaves)
+    assert buffers
+    for name in pretrained:
+        expected = experts[0][name] if name in buffers else want[name]
+        np.testing.assert_array_equal(found[name], expected)
+
+
+WORK_WITHOUT = {
+    "weight_average": {},
+    "dts_d": {"base": "weight_average"},
+    "svd": {"base": "weight_average", "rank": 2},
+    "retex": {"rank": 2},
+}
+NEED_IT = {
+    "task_arithmetic": {},
+    "ties": {},
+    "dare": {},
+    "consensus": {},
+    "svd": {"rank": 2},
+    "dts_t": {},
+    "dts_d": {},
+    "emr": {},
+    "t_switch": {},
+    "tall_mask": {},
+    "dawin": {},
+    "retex": {"rank": 2, "base": "ties"},
+}
+
+
+@pytest.mark.parametrize("name", WORK_WITHOUT)
+def test_methods_that_work_without_a_pretrained_model(name):
+    pretrained, experts, expert_set = _without()
+    method = rtx.METHODS[name]
+    found = method.fit(expert_set, **WORK_WITHOUT[name])
+    want = method.fit(_from_flat(pretrained, experts), **WORK_WITHOUT[name])
+    for task in range(2):
+        ours, theirs = (references.flat(method.recover(state, task)) for state in (found, want))
+        for leaf in expert_set.float_leaves:
+            np.testing.assert_array_equal(ours[leaf], theirs[leaf], err_msg=leaf)
+
+
+@pytest.mark.parametrize("name", NEED_IT)
+def test_methods_that_need_a_pretrained_model_say_so_and_rebased_serves_them(name):
+    _, _, expert_set = _without()
+    method = rtx.METHODS[name]
+    with pytest.raises(ValueError, match=r"pretrained: got None.*experts\.rebased\(merged\)"):
+        method.fit(expert_set, **NEED_IT[name])
+    moved = expert_set.rebased(rtx.METHODS["weight_average"].fit(expert_set))
+    params = method.recover(method.fit(moved, **NEED_IT[name]), 1)
+    assert set(references.flat(params)) == set(expert_set.leaves)
+
+
+def test_problems_of_experts_without_a_pretrained_model(tmp_path):
+    _, experts = references.few_leaves(2)
+    name = next(name for name in sorted(experts[0]) if references.is_float(experts[0][name]))
+    bad = {**experts[1], name: np.full_like(experts[1][name], np.nan)}
+    with pytest.raises(ValueError, match=f"task_1: {name} has .* NaN or Inf"):
+        _from_flat(None, [experts[0], bad])
+    with pytest.raises(ValueError, match=f"task_1: missing leaf {name}"):
+        _from_flat(None, [experts[0], {k: v for k, v in experts[1].items() if k != name}])
+    with pytest.raises(ValueError, match="task_0: no leaf is left to merge"):
+        _from_flat(None, experts, exclude=[""])
+    _, paths = _files(tmp_path, experts[0], experts)
+    expert_set = rtx.ExpertSet.from_safetensors(None, paths, layout="flax")
+    np.testing.assert_array_equal(expert_set.expert(name, 1), experts[1][name])

@@ -56,6 +56,7 @@ PROGRAMS = {
     "probe",
     "huggingface",
     "train",
+    "variants",
 }
 
 CORE_LIBRARIES = {"flax", "jax", "numpy", "optax", "safetensors"}

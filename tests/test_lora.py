@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -530,15 +531,15 @@ def test_norms_whose_names_end_alike():
 def test_unchanged_leaves_are_not_written():
     _, state = states()
     names = ["norm/weight", "norm/bias", "conv/weight"]
-    zeros = {name: 0 * state.generators[name] for name in names}
-    state = dataclasses.replace(state, generators=state.generators | zeros)
+    zeros = {name: jax.tree.map(jnp.zeros_like, state.offsets[name]) for name in names}
+    state = dataclasses.replace(state, offsets=state.offsets | zeros)
     adapter = lora.adapter_from_offset(state, 0)
     assert adapter.config["modules_to_save"] is None
     assert adapter.config["target_modules"] == ["conv1d", "fc", "token_embedding"]
     assert not [key for key in adapter.tensors if "norm" in key or "conv." in key]
-    zeros = {name: 0 * x for name, x in state.generators.items()}
+    zeros = jax.tree.map(jnp.zeros_like, state.offsets)
     with pytest.raises(ValueError, match="no matrix has an offset"):
-        lora.adapter_from_offset(dataclasses.replace(state, generators=zeros), 0)
+        lora.adapter_from_offset(dataclasses.replace(state, offsets=zeros), 0)
 
 
 def test_adapter_arguments(tmp_path):

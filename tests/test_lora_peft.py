@@ -10,6 +10,7 @@ import pytest
 
 import retex_jax as rtx
 from retex_jax import lora, offsets, tree
+from retex_jax.offsets.forms import Product
 from retex_jax.sources import SafetensorsSource
 
 pytestmark = [
@@ -241,10 +242,10 @@ def test_peft_loads_other_ranks_and_a_part(tmp_path):
     state = fitted(model)
     # One layer keeps a lower rank: its offset's last direction is dropped.
     name = "encoder/layers/0/self_attn/q_proj/weight"
+    form = state.offsets[name]
     state = dataclasses.replace(
         state,
-        generators=state.generators | {name: state.generators[name][..., :2]},
-        shared_factors=state.shared_factors | {name: state.shared_factors[name][:2]},
+        offsets=state.offsets | {name: Product(form.generator[..., :2], form.shared[:2])},
     )
     with pytest.raises(ValueError, match=r"\['embeddings/class_embedding'\]"):
         lora.adapter_from_offset(state, 0)

@@ -74,6 +74,15 @@ def test_the_key_is_optional_and_fits_repeat_bit_for_bit(name):
     for other in states[1:]:
         for one, two in zip(jax.tree.leaves(states[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(one, two)
+    assert method.random(OPTIONS[name]) == (name == "dare")
+
+
+def test_dare_depends_on_its_key():
+    one, two = (
+        rtx.METHODS["dare"].fit(_expert_set(2), key=jax.random.key(seed), drop=0.5)
+        for seed in (0, 5)
+    )
+    assert not np.array_equal(one["dense"]["kernel"], two["dense"]["kernel"])
 
 
 @pytest.mark.parametrize("name", ["weight_average", "task_arithmetic", "ties"])

@@ -75,10 +75,10 @@ def _assert_equal(one, other):
 def _stored_offsets(state, task):
     """The offsets of a task, in float64, from what the state stores."""
     offsets = {}
-    for name, generator in state.generators.items():
+    for name, form in state.offsets.items():
         embedding = np.asarray(state.task_embeddings[task], np.float64)
-        factor = np.tensordot(embedding, np.asarray(generator, np.float64), axes=1)
-        shared = np.asarray(state.shared_factors[name], np.float64)
+        factor = np.tensordot(embedding, np.asarray(form.generator, np.float64), axes=1)
+        shared = np.asarray(form.shared, np.float64)
         offsets[name] = (factor @ shared).T if name in MATRIX else factor * shared
     return offsets
 
@@ -92,7 +92,7 @@ def _squared_error(state, experts):
                 experts, [_stored_offsets(state, task) for task in range(len(experts))], strict=True
             )
         )
-        for name in state.generators
+        for name in state.offsets
     }
 
 
@@ -104,8 +104,8 @@ def test_reaches_the_optimum():
     recovered, residuals = references.retex(
         references.weight_average(pretrained, experts), experts, 2, MATRIX
     )
-    assert state.generators["dense/bias"].shape == (3, 6)
-    assert state.generators["scale"].shape == (3,)
+    assert state.offsets["dense/bias"].generator.shape == (3, 6)
+    assert state.offsets["scale"].generator.shape == (3,)
     assert state.report.optimum == pytest.approx(sum(residuals.values()), rel=1e-5)
     assert state.report.residual <= 1.01 * sum(residuals.values())
     assert 1 - 1e-5 <= state.report.ratio <= 1.01
@@ -252,7 +252,7 @@ def test_baked_form(num_tasks, d_emb):
     # d_emb + 1 >= T: the task factors themselves are the smaller form.
     state = _fit(_model(num_tasks), d_emb=d_emb)
     np.testing.assert_array_equal(state.task_embeddings, np.eye(num_tasks))
-    assert state.generators["dense/kernel"].shape == (num_tasks, 6, 2)
+    assert state.offsets["dense/kernel"].generator.shape == (num_tasks, 6, 2)
 
 
 def test_generator_form():
@@ -261,8 +261,8 @@ def test_generator_form():
     assert state.num_tasks == 6
     assert state.task_embeddings.shape == (6, 3)
     np.testing.assert_array_equal(state.task_embeddings[:, 2], 1)
-    assert state.generators["dense/kernel"].shape == (3, 6, 2)
-    assert state.generators["scale"].shape == (3,)
+    assert state.offsets["dense/kernel"].generator.shape == (3, 6, 2)
+    assert state.offsets["scale"].generator.shape == (3,)
     assert RETEX.extra_bytes(state) == 4 * (6 * 3 + 3 * 6 * 2 + 2 * 5 + 3 * 6 + 1 + 3 + 1)
     # The optimum is that of free task factors: a bound from below that two numbers a task miss.
     _, residuals = references.retex(
@@ -280,7 +280,7 @@ def test_generator_form():
     # Interpolated embeddings are interpolated offsets, the bias included.
     weights = np.array([0.5, 0, 0.25, 0, 0, 0.25], np.float32)
     mixture = references.flat(RETEX.mix(state, weights))
-    for name in state.generators:
+    for name in state.offsets:
         want = merged[name] + sum(
             weight * _stored_offsets(state, task)[name] for task, weight in enumerate(weights)
         )
@@ -331,7 +331,8 @@ def test_resuming_is_bitwise_equal_to_never_stopping(tasks_per_step, killed_at):
 def test_fitting_twice_is_bitwise_equal_and_the_key_matters():
     _assert_equal(_fit(), _fit())
     assert not np.array_equal(
-        _fit().generators["dense/kernel"], _fit(key=jax.random.key(1)).generators["dense/kernel"]
+        _fit().offsets["dense/kernel"].generator,
+        _fit(key=jax.random.key(1)).offsets["dense/kernel"].generator,
     )
 
 

@@ -27,14 +27,14 @@ def _squared_errors(state, experts, matrices):
     """||D_t - G_t S||^2 summed over tasks, by leaf, in float64, from what the state stores."""
     merged = references.flat(state.merged)
     errors = {}
-    for name, factors in state.generators.items():
-        shared = np.asarray(state.shared_factors[name], np.float64)
+    for name, form in state.offsets.items():
+        shared = np.asarray(form.shared, np.float64)
         errors[name] = 0.0
         for task, expert in enumerate(experts):
             offset = expert[name].astype(np.float64) - merged[name].astype(np.float64)
             factor = np.tensordot(
                 np.asarray(state.task_embeddings[task], np.float64),
-                np.asarray(factors, np.float64),
+                np.asarray(form.generator, np.float64),
                 axes=1,
             )
             if name in matrices:
@@ -98,7 +98,7 @@ def test_torch_layout_gives_the_same_model():
         ("dense/weight", "dense/kernel"),
         ("token/weight", "token/embedding"),
     ]:
-        assert state.generators[torch_name].shape == twin.generators[flax_name].shape
+        assert state.offsets[torch_name].generator.shape == twin.offsets[flax_name].generator.shape
         assert state.report.residuals[torch_name] == pytest.approx(
             twin.report.residuals[flax_name], rel=1e-5
         )
@@ -141,12 +141,12 @@ def test_shapes_of_the_factors():
         ("conv/kernel", 6, 16, 4),
         ("conv1d/kernel", 5, 12, 4),
     ]:
-        assert state.generators[name].shape == (2, a, r)
-        assert state.shared_factors[name].shape == (r, b)
-    assert state.generators["dense/bias"].shape == (2, 10)
-    assert state.generators["scale"].shape == (2,)
-    assert state.shared_factors["scale"].shape == state.shared_factors["dense/bias"].shape == ()
-    assert set(state.generators) == set(state.shared_factors) == set(state.report.residuals)
+        assert state.offsets[name].generator.shape == (2, a, r)
+        assert state.offsets[name].shared.shape == (r, b)
+    assert state.offsets["dense/bias"].generator.shape == (2, 10)
+    assert state.offsets["scale"].generator.shape == (2,)
+    assert state.offsets["scale"].shared.shape == state.offsets["dense/bias"].shared.shape == ()
+    assert set(state.offsets) == set(state.report.residuals)
 
 
 @pytest.mark.parametrize("model", MODELS[1:], ids=MODEL_IDS[1:])
@@ -317,7 +317,7 @@ def test_half_precision(dtype):
             assert references.flat(state.merged)[name].dtype == leaf.dtype
         for name in ("scale", "dense/bias", "token/embedding", "attention/query/kernel"):
             np.testing.assert_array_equal(recovered[name], expert[name])
-    assert all(leaf.dtype == jnp.float32 for leaf in state.generators.values())
+    assert all(form.generator.dtype == jnp.float32 for form in state.offsets.values())
     # The offsets are from the merged model as stored, so its rounding is recovered too.
     errors = _squared_errors(state, experts, references.FLAX_MATRICES)
     for name, error in errors.items():
@@ -358,8 +358,8 @@ def test_bases():
     want = rtx.METHODS["ties"].fit(expert_set(pretrained, experts), density=0.5)
     assert_close(references.flat(state.merged), references.flat(want), 0, 0)
     given = _fit(pretrained, experts, rank=4, base=want)
-    for name in state.generators:
-        np.testing.assert_array_equal(state.generators[name], given.generators[name])
+    for name in state.offsets:
+        np.testing.assert_array_equal(state.offsets[name].generator, given.offsets[name].generator)
     average = _fit(pretrained, experts, rank=4)
     assert_close(references.flat(average.merged), references.weight_average(pretrained, experts))
 
@@ -393,7 +393,7 @@ def test_bad_ranks(rank, solver):
 
 def test_numpy_ranks():
     state = _fit(*references.few_leaves(2), rank=np.int64(4))
-    assert state.generators["dense/kernel"].shape == (2, 10, 4)
+    assert state.offsets["dense/kernel"].generator.shape == (2, 10, 4)
 
 
 @pytest.mark.parametrize(

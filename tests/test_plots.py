@@ -212,6 +212,47 @@ def test_bytes_accuracy_labels_do_not_overlap(monkeypatch):
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1
 
 
+def test_of_equals_by_protocol_the_small_and_good_are_named():
+    points = [
+        ("weight_average", "", "known", 0, 0.6),
+        ("ties", "", "known", 0, 0.7),
+        ("dare", "", "known", 0, 0.7),
+        ("emr", "", "known", 100, 0.9),
+        ("svd", "", "known", 100, 0.95),
+        ("dts", "", "known", 50, 0.9),
+        ("tall", "", "known", 200, 0.95),
+        ("twin", "", "head", 300, 0.8),
+        ("retex", "", "known", 300, 0.8),
+    ]
+    want = [True, True, False, False, True, True, False, True, True]
+    assert accuracy.named(points) == want
+
+
+def test_bytes_accuracy_of_many_methods_names_few(monkeypatch):
+    boxes = []
+    place = accuracy._label_points
+
+    def spy(fig, ax, points):
+        boxes.append(
+            [t.get_window_extent(fig.canvas.get_renderer()) for t in place(fig, ax, points)]
+        )
+
+    monkeypatch.setattr(accuracy, "_label_points", spy)
+    rows = _rows() + [
+        {"method": f"merger_{i}", "variant": "scaling=0.4", "task_known": True, "head_known": True}
+        | {"bytes_per_task": 0 if i < 15 else 1e5 * i, "normalized_accuracy": 0.6 + 0.01 * i}
+        for i in range(30)
+    ]
+    texts = _texts(plots.bytes_accuracy(rows))
+    for label in ("weight_average", "ties", "merger_14 scaling=0.4", "retex exact r=64"):
+        assert texts.count(label) == 1, label
+    assert not {"task_arithmetic", "merger_3 scaling=0.4"} & set(texts)
+    ((*labels,),) = boxes
+    assert 8 <= len(labels) < 20
+    for i, box in enumerate(labels):
+        assert not any(box.overlaps(other) for other in labels[:i])
+
+
 def test_bytes_accuracy_without_personalised_rows():
     texts = _texts(plots.bytes_accuracy(_rows()[:1]))
     assert "weight_average" in texts and "nothing known" not in texts

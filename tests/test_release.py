@@ -10,6 +10,9 @@ import tiny
 
 from retex_jax import artifact, evaluate, offsets, recovery, release, tree
 from retex_jax.identifier import subspace
+from retex_jax.offsets.coding import code
+from retex_jax.offsets.forms import Elementwise, Product, Separate
+from retex_jax.offsets.serialization import to_tensors
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +24,7 @@ def leaves_of(released):
     state, identifier = released.state, released.identifier
     return {
         **{f"merged/{name}": leaf for name, leaf in tree.flatten(state.merged).items()},
-        **{f"generator/{name}": leaf for name, leaf in state.generators.items()},
-        **{f"shared/{name}": leaf for name, leaf in state.shared_factors.items()},
+        **{f"offsets/{name}": leaf for name, leaf in to_tensors(state.offsets)[0].items()},
         **{f"head/{name}": leaf for name, leaf in tree.flatten(released.heads).items()},
         "embeddings": state.task_embeddings,
         "centers": identifier.signatures.centers,
@@ -40,12 +42,14 @@ def small(embeddings=3):
     state = offsets.OffsetState(
         merged={"a": {"kernel": draw(6, 5), "bias": draw(5)}, "b": {"kernel": draw(5, 4)}},
         task_embeddings=draw(3, embeddings),
-        generators={
-            "a/bias": draw(embeddings, 5),
-            "a/kernel": draw(embeddings, 5, 2),
-            "b/kernel": draw(embeddings, 4, 2),
+        offsets={
+            "a/bias": Elementwise(code(draw(embeddings, 5), 8, -1), draw()),
+            "a/kernel": Product(draw(embeddings, 5, 2), draw(2, 6)),
+            # Products that are one task's each know no other embedding than the tasks' own.
+            "b/kernel": Separate(code(draw(3, 4), 3, -1), code(draw(3, 5), 4, -1), (2, 0, 1))
+            if embeddings == 3
+            else Product(draw(embeddings, 4, 2), draw(2, 5)),
         },
-        shared_factors={"a/bias": draw(), "a/kernel": draw(2, 6), "b/kernel": draw(2, 5)},
         report=offsets.FitReport(
             {"a/bias": 0.0, "a/kernel": 2.5, "b/kernel": 1 / 3},
             {"a/bias": 0.0, "a/kernel": 2.0, "b/kernel": 0.25},
@@ -115,16 +119,16 @@ def test_unknown_optimum_is_kept_unknown(tmp_path):
 
 def test_artifact_that_is_no_release_is_refused(tmp_path):
     artifact.save(tmp_path, {"x": np.zeros(2)}, {"tasks": [], "layout": "flax"})
-    with pytest.raises(ValueError, match=r"lacks \['identifier', 'report'\]: not a release"):
+    with pytest.raises(ValueError, match=r"lacks \['forms', 'identifier', 'report'\]: not a release"):
         release.load(tmp_path)
 
 
 def test_release_with_a_missing_part_is_refused(tmp_path):
     release.save(tmp_path, small())
     tensors, metadata = artifact.load(tmp_path)
-    kept = {name: x for name, x in tensors.items() if not name.startswith("shared_factors/")}
+    kept = {name: x for name, x in tensors.items() if not name.startswith("offsets/")}
     artifact.save(tmp_path, kept, metadata)
-    with pytest.raises(ValueError, match="shared_factors"):
+    with pytest.raises(ValueError, match="offsets"):
         release.load(tmp_path)
 
 
@@ -140,7 +144,7 @@ def test_changed_tensor_is_named(run, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"tensor 'task_embeddings'|tensor 'shared_factors"):
+    with pytest.raises(ValueError, match=r"tensor 'task_embeddings'|tensor 'offsets"):
         release.load(folder)
 
 

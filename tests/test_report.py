@@ -250,6 +250,29 @@ def test_rows_of_one_name_keep_their_columns(tmp_path):
     ]
 
 
+def test_rows_of_several_seeds_show_their_spread(tmp_path):
+    results = _results()
+    assert "\u00b1" not in _write(tmp_path, results)
+    results["rows"][0] |= {"normalized_accuracy_std": 0.0123, "seeds": [0, 1, 2]}
+    results["rows"][1] |= {"normalized_accuracy_std": None, "seeds": [0]}
+    page = Page(_write(tmp_path, results))
+    assert page.tables[1][1][3] == "65.00% \u00b1 1.23"
+    assert page.tables[1][2][3] == "63.70%"
+    assert "mean \u00b1 standard deviation of 3 seeds" in page.text
+
+
+def test_of_many_merged_models_the_main_table_has_two(tmp_path):
+    results = _results()
+    results["rows"] += [
+        {**results["rows"][0], "variant": f"density=0.{i}", "normalized_accuracy": 0.5 + 0.05 * i}
+        for i in range(3, 9)
+    ]
+    page = Page(_write(tmp_path, results))
+    merged = [head for head in page.tables[0][0] if head.startswith("Merged")]
+    assert merged == ["Merged: weight_average", "Merged: ties density=0.8"]
+    assert len(page.tables[2][0]) == 3 + 12
+
+
 def test_other_personalised_methods_take_the_first_place_without_retex(tmp_path):
     results = _results()
     for row in results["rows"]:

@@ -197,3 +197,25 @@ def test_default_grids_are_the_published_ones_and_their_options_exist():
         first = {option: values[:1] for option, values in grid.items()}
         result = search.grid(rtx.METHODS[name].fit, experts, first, lambda state: 1.0)
         assert result.trials[0].error is None
+
+
+def test_the_published_grid_of_a_method_with_options():
+    grids = search.default_grids()
+    assert search.published_grid("ties", {"merge": "mean"}) == grids["ties"]
+    assert search.published_grid("ties", {"merge": "sum"}) == grids["task_arithmetic"]
+    assert search.published_grid("emr", {}) == {}
+    assert search.published_grid("tall_mask", {}, fixed=["mask_lambda"]) == {}
+    left = search.published_grid("consensus", {}, fixed=["scaling", "k"])
+    assert left == {"mask_lambda": grids["consensus"]["mask_lambda"]}
+
+
+def test_only_tall_mask_has_one_lambda_a_task():
+    def score(state):
+        return [-abs(state["mask_lambda"] - want) for want in (0.2, 0.5)]
+
+    values = {"mask_lambda": (0.2, 0.35, 0.5)}
+    result = search.grid(_echo, _expert_set(), values, score)
+    assert search.chosen_options("tall_mask", result) == {"mask_lambda": (0.2, 0.5)}
+    assert search.chosen_options("consensus", result) == {"mask_lambda": 0.2}
+    other = search.grid(_echo, _expert_set(), {"coefficient": (1.0, 2.0)}, lambda state: [0.0, 0.0])
+    assert search.chosen_options("tall_mask", other) == {"coefficient": 1.0}

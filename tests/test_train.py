@@ -162,7 +162,7 @@ def test_bytes_are_those_in_the_artifact(run):
     for name, tensor in tensors.items():
         part = name.split("/")[0]
         stored[part] = stored.get(part, 0) + tensor.nbytes
-    offset_bytes = stored["task_embeddings"] + stored["generators"] + stored["shared_factors"]
+    offset_bytes = stored["task_embeddings"] + stored["offsets"]
     rows = run.results["rows"]
     assert find(rows, "weight_average")["bytes_per_task"] == 0
     assert find(rows, "retex", "r=8")["bytes_per_task"] == pytest.approx(offset_bytes / 3)
@@ -202,8 +202,7 @@ def test_every_file_is_there_and_whole(run):
     assert parts == {
         "merged",
         "task_embeddings",
-        "generators",
-        "shared_factors",
+        "offsets",
         "identifier",
         "heads",
     }

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import files, tree
@@ -186,7 +185,7 @@ def _sort_leaves(
     lora: set[str] = set()
     saved: set[str] = set()
     left_out = []
-    changed = {leaf for leaf in state.generators if _is_changed(state, leaf, task)}
+    changed = {leaf for leaf in state.offsets if _offset(state, leaf, task).any()}
     for leaf in sorted(changed):
         module, _, parameter = names.get(leaf, "").rpartition(".")
         weight = modules.get(module, {}).get("weight")
@@ -222,21 +221,17 @@ def _is_embedding(leaf: str, layout: str, embeddings: Sequence[str]) -> bool:
     return tree.matches_any(embeddings, leaf)
 
 
-def _task_factor(state: "OffsetState", leaf: str, task: int) -> np.ndarray:
-    """G_t: [a, r], or [*shape] below two axes."""
-    embedding = state.task_embeddings[task]
-    return np.asarray(jnp.tensordot(embedding, state.generators[leaf], 1, precision="highest"))
-
-
-def _is_changed(state: "OffsetState", leaf: str, task: int) -> bool:
-    return bool(_task_factor(state, leaf, task).any() and np.any(state.shared_factors[leaf]))
+def _offset(state: "OffsetState", leaf: str, task: int) -> np.ndarray:
+    """[a, b], or [*shape] below two axes."""
+    return np.asarray(state.offsets[leaf].offset(state.task_embeddings[task]))
 
 
 def _factors(
     state: "OffsetState", leaf: str, shape: tuple[int, ...], task: int, is_swapped: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """lora_A and lora_B, as PEFT stores them for this kind of layer."""
-    a, b = np.asarray(state.shared_factors[leaf]), _task_factor(state, leaf, task)
+    b, a = map(np.asarray, state.offsets[leaf].factors(state.task_embeddings[task]))
+    b, a = b[:, b.any(axis=0)], a[b.any(axis=0)]
     if is_swapped:
         a, b = b.T, a.T
     view, ndim = tree.matrix_view(leaf, shape, state.layout), len(shape)
@@ -250,10 +245,9 @@ def _factors(
 def _recovered(state: "OffsetState", leaf: str, merged: Array, task: int) -> np.ndarray:
     """A leaf below two axes plus its offset, summed in float32, in its own dtype."""
     value = np.asarray(merged)
-    if leaf not in state.generators:
+    if leaf not in state.offsets:
         return value
-    offset = _task_factor(state, leaf, task) * np.asarray(state.shared_factors[leaf])
-    return (value.astype(np.float32) + offset).astype(value.dtype)
+    return (value.astype(np.float32) + _offset(state, leaf, task)).astype(value.dtype)
 
 
 def _config(

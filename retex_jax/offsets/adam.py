@@ -8,7 +8,7 @@ nor whether a step sums over all tasks or samples one (both are offered). All in
 solver it holds the offsets of all experts in memory. Leaves of one shape are one stack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 from zlib import crc32
@@ -21,6 +21,7 @@ import optax
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import exact
+from retex_jax.offsets.forms import Elementwise, Form, Product
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import FlatParams, Params
 
@@ -139,7 +140,7 @@ def fit(
             progress(done, steps, loss)
         if checkpoints is not None and (done % checkpoint_every == 0 or done == steps):
             checkpoints.save(done, state)
-    result = _to_state(experts, merged, groups, targets, ranks, state.params)
+    result = _to_state(experts, merged, plans, groups, targets, state.params)
     if not np.isfinite(result.report.residual):
         raise FloatingPointError(
             f"the Adam fit's residual is {result.report.residual} after step {steps}; "
@@ -278,7 +279,9 @@ def _run_steps(
 
 def _group_leaves(experts: ExpertSet, plans: dict[str, LeafPlan]) -> list[list[str]]:
     keys = {
-        name: (plans[name].shape, plans[name].rank) if name in plans else experts.leaves[name].shape
+        name: (plans[name].solved_shape, plans[name].rank)
+        if name in plans
+        else experts.leaves[name].shape
         for name in experts.float_leaves
     }
     return tree.groups(keys, lambda key: len(keys))
@@ -295,13 +298,12 @@ def _target(
 def _to_state(
     experts: ExpertSet,
     merged: Params,
+    plans: Mapping[str, LeafPlan],
     groups: list[list[str]],
     targets: dict[int, jax.Array],
-    ranks: dict[int, int | None],
     params: dict[str, Any],
 ) -> OffsetState:
-    generators: FlatParams = {}
-    shared_factors: FlatParams = {}
+    offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
     ones = jnp.ones((experts.num_tasks, 1))
     embeddings = jnp.concatenate([params["embeddings"], ones], axis=1)
@@ -312,13 +314,15 @@ def _to_state(
         if bake:
             generator = jnp.einsum("tk,gk...->gt...", embeddings, generator, precision="highest")
         for position, name in enumerate(group):
-            generators[name] = generator[position]
-            shared_factors[name] = learned["shared"][position]
+            factors = (generator[position], learned["shared"][position])
+            if name in plans:
+                offsets[name] = Product(*factors, plans[name].orientation)
+            else:
+                offsets[name] = Elementwise(*factors)
         error = predict(params, index, params["embeddings"]) - targets[index]
         residual = jnp.sum(error**2, axis=tuple(range(1, error.ndim)))
-        rank = ranks[index]
-        if rank is not None:
-            solution = exact.solve_group(targets[index], rank)
+        if group[0] in plans:
+            solution = exact.solve_group(targets[index], plans[group[0]].rank)
             exact.add_to_report(report, group, solution._replace(residual=residual))
             continue
         for position, name in enumerate(group):
@@ -328,8 +332,7 @@ def _to_state(
     return OffsetState(
         merged=merged,
         task_embeddings=jnp.eye(experts.num_tasks) if bake else embeddings,
-        generators=dict(sorted(generators.items())),
-        shared_factors=dict(sorted(shared_factors.items())),
+        offsets=dict(sorted(offsets.items())),
         report=report,
         layout=experts.layout,
     )

@@ -9,16 +9,21 @@ Gram matrix is large, a randomised range finder with power iterations (arXiv:090
 takes its place, and the optimum is unknown. The residual is always computed from the stored factors.
 """
 
+from collections.abc import Mapping
 from math import prod
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
+from retex_jax.offsets.coding import Stored, check_bits, code, dense
+from retex_jax.offsets.forms import Elementwise, Form, Product
+from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
-from retex_jax.typing import FlatParams, Params, ProgressFn
+from retex_jax.typing import Array, FlatParams, Params, ProgressFn
 
 Precision = Literal["float64", "float32"]
 
@@ -116,8 +121,11 @@ def _range_finder(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 def fit(
     experts: ExpertSet,
     merged: Params,
-    plans: dict[str, LeafPlan],
+    plans: Mapping[str, LeafPlan],
     *,
+    bits: int = 32,
+    vector_bits: int = 32,
+    task_weights: Array | None = None,
     precision: Precision = "float64",
     group_bytes: int = 1 << 28,
     progress: ProgressFn | None = None,
@@ -128,49 +136,118 @@ def fit(
       experts: the experts.
       merged: the base that offsets are added to.
       plans: of every matrix leaf.
+      bits: of an entry of a matrix leaf's factors, one of `coding.BITS`. Below 32 the shared factor is
+        coded first, and the task factors are fitted to what it has become.
+      vector_bits: of an entry of the offsets below two axes.
+      task_weights: [T]: a task's squared error counts times the square of its weight, in the solution and in
+        the report; 1 when not given.
       precision: see `solve_group`.
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
       progress: called with (leaves done, leaves).
 
     Returns:
-      The state, in the baked form.
+      The state, in the baked form. The report's optimum is that of factors that are not coded.
 
     Raises:
-      ValueError: if `precision` is unknown.
+      ValueError: if `precision` or a number of bits is unknown.
     """
     if precision not in ("float64", "float32"):
         raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
+    check_bits("bits", bits)
+    check_bits("vector_bits", vector_bits)
     base = tree.flatten(merged)
-    generators: FlatParams = {}
-    shared_factors: FlatParams = {}
+    weights = np.ones(experts.num_tasks) if task_weights is None else np.asarray(task_weights)
+    weights = jnp.asarray(weights, jnp.float32)
+    offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
     for name in experts.float_leaves:
         if name not in plans:
-            generators[name] = difference_vectors(experts, base, name)
-            shared_factors[name] = jnp.ones((), jnp.float32)
-            report.residuals[name] = report.optima[name] = 0.0
-            report.energies[name] = float(jnp.sum(generators[name] ** 2))
-    done = 0
-    keys = {name: (plan.shape, plan.rank) for name, plan in plans.items()}
+            vectors = difference_vectors(experts, base, name)
+            offsets[name] = form = elementwise(vectors, vector_bits)
+            scales = weights.reshape(-1, *[1] * (vectors.ndim - 1))
+            report.energies[name] = float(jnp.sum((scales * vectors) ** 2))
+            error = scales * (dense(form.generator) - vectors)
+            report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
+    separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
+    shared = {name: plan for name, plan in plans.items() if name not in separate}
+    keys = {name: (plan.solved_shape, plan.rank) for name, plan in shared.items()}
     stack_bytes = 4 * experts.num_tasks
-    for group in tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0])))):
+    groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
+    done = 0
+    for group in [*groups, *([name] for name in separate)]:
         stack = jnp.stack([difference_matrices(experts, base, name, plans[name]) for name in group])
-        solution = solve_group(stack, plans[group[0]].rank, precision=precision)
-        for index, name in enumerate(group):
-            generators[name] = solution.task_factors[index]
-            shared_factors[name] = solution.shared_factor[index]
-        add_to_report(report, group, solution)
+        if group[0] in shared:
+            weighted = stack * weights[:, None, None]
+            solution = solve_group(weighted, plans[group[0]].rank, precision=precision)
+            factors = (solution.task_factors / weights[:, None, None], solution.shared_factor)
+            if bits < 32:
+                *factors, residual = code_group(stack, solution.shared_factor, weights, bits)
+                solution = solution._replace(residual=residual)
+            for index, name in enumerate(group):
+                leaf = jax.tree.map(lambda stacked, index=index: stacked[index], factors)
+                offsets[name] = Product(*leaf, plans[name].orientation)
+            add_to_report(report, group, solution)
+        else:
+            (name,) = group
+            solved = solve_separate(stack[0], separate[name].task_ranks, np.asarray(weights), bits)
+            offsets[name] = solved.form
+            report.residuals[name], report.optima[name] = solved.residual, solved.optimum
+            report.energies[name] = solved.energy
         done += len(group)
         if progress:
             progress(done, len(plans))
+    offsets = {
+        name: form for name, form in offsets.items() if name not in plans or plans[name].rank
+    }
     return OffsetState(
         merged=merged,
         task_embeddings=jnp.eye(experts.num_tasks, dtype=jnp.float32),
-        generators=dict(sorted(generators.items())),
-        shared_factors=dict(sorted(shared_factors.items())),
+        offsets=dict(sorted(offsets.items())),
         report=report,
         layout=experts.layout,
     )
+
+
+@jax.jit(static_argnames="bits")
+def code_group(
+    offsets: jax.Array, shared_factors: jax.Array, task_weights: jax.Array, bits: int
+) -> tuple[Stored, Stored, jax.Array]:
+    """Stores the factors of leaves of one shape in few bits.
+
+    The shared factor is coded first; the task factors are then the least-squares solution for what it has
+    become, so that they make up for a part of its error.
+
+    Args:
+      offsets: D_t of G leaves, [G, T, a, b], float32.
+      shared_factors: S, [G, r, b], float32.
+      task_weights: [T], float32.
+      bits: of an entry.
+
+    Returns:
+      Task factors [G, T, a, r], shared factors [G, r, b], and weighted residuals [G].
+    """
+
+    def code_leaf(stack: jax.Array, shared: jax.Array) -> tuple[Stored, Stored, jax.Array]:
+        coded = code(shared, bits, axis=-1)
+        basis = dense(coded)
+        gram = basis @ basis.T
+        # A row of zeros has no part in the solution, and must not make it singular.
+        ridge = 1e-6 * jnp.trace(gram) / max(1, len(gram))
+        solved = jnp.linalg.solve(
+            gram + ridge * jnp.eye(len(gram)), basis @ stack.reshape(-1, stack.shape[-1]).T
+        )
+        generator = code(solved.T.reshape(*stack.shape[:2], -1), bits, axis=-2)
+        error = task_weights[:, None, None] * (stack - dense(generator) @ basis)
+        return generator, coded, jnp.sum(error**2)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(code_leaf)(offsets, shared_factors)
+
+
+def elementwise(vectors: jax.Array, bits: int = 32) -> Elementwise:
+    """The offset of a leaf below two axes: [T, *shape], float32, one scale a task where it is coded."""
+    axes = tuple(range(1, vectors.ndim))
+    return Elementwise(code(vectors, bits, axes) if axes else vectors, jnp.ones((), jnp.float32))
 
 
 def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
@@ -181,8 +258,9 @@ def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.A
 def difference_matrices(
     experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan
 ) -> jax.Array:
-    """D_t of one leaf, as matrices: [T, a, b], float32."""
-    return jnp.asarray(tree.to_matrix(difference_vectors(experts, base, name), plan.view))
+    """D_t of one leaf, as matrices: [T, a, b], float32; transposed where S stands on the left."""
+    matrices = tree.to_matrix(difference_vectors(experts, base, name), plan.view)
+    return jnp.asarray(matrices if plan.orientation == "right" else matrices.swapaxes(-1, -2))
 
 
 def add_to_report(report: FitReport, group: list[str], solution: Solution) -> None:

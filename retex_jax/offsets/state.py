@@ -2,9 +2,9 @@
 
 ReTeX (arXiv:2606.26902, Eqs. 3 and 4): theta_t = theta_merge + G_t S for every leaf seen as a matrix
 (a, b), with a task factor G_t (a, r) generated linearly from the task's embedding and a shared factor
-S (r, b). One form holds both solvers' results: G_t = sum_k e_tk W_k. The exact solver's embeddings are
-one-hot, so that W is the stack of task factors (the baked form, K = T); the paper's generator has
-K = d_emb + 1, its last embedding entry being the constant 1 that carries the bias.
+S (r, b): G_t = sum_k e_tk W_k. The exact solver's embeddings are one-hot, so that W is the stack of task
+factors (the baked form, K = T); the paper's generator has K = d_emb + 1, its last embedding entry being the
+constant 1 that carries the bias. `retex_jax.offsets.forms` has what a leaf may hold.
 """
 
 import math
@@ -18,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from retex_jax import tree
+from retex_jax.offsets.forms import Form, Orientation
 from retex_jax.typing import FlatParams, Layout, Params
 
 RankRule = Literal["paper", "clip"]
@@ -77,16 +78,14 @@ class OffsetState:
     Attributes:
       merged: nested dict, the pretrained model's shapes and dtypes.
       task_embeddings: e_t, [T, K], float32; the identity (K = T) in the baked form.
-      generators: W, by float leaf: [K, a, r] for a matrix, [K, *shape] below two axes; float32.
-      shared_factors: S, by float leaf: [r, b] for a matrix, a scalar below two axes; float32.
+      offsets: by float leaf; a leaf without one is the merged model's.
       report: residual, optimum and ratio of the fit.
       layout: which axis of a kernel is the output.
     """
 
     merged: Params
     task_embeddings: jax.Array
-    generators: FlatParams
-    shared_factors: FlatParams
+    offsets: dict[str, Form]
     report: FitReport
     layout: Layout = field(metadata={"static": True})
 
@@ -98,15 +97,34 @@ class OffsetState:
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """How one matrix leaf is solved: its view, its matrix shape (a, b) and its rank."""
+    """How one matrix leaf is solved.
+
+    Attributes:
+      view: how the leaf is seen as a matrix.
+      shape: (a, b), as the view has it.
+      rank: r; with 0 the leaf gets no offset.
+      orientation: where the shared factor stands.
+      task_ranks: T numbers, of which `rank` is the largest, where the tasks share no factor; else None.
+    """
 
     view: tree.MatrixView
     shape: tuple[int, int]
     rank: int
+    orientation: Orientation = "right"
+    task_ranks: tuple[int, ...] | None = None
+
+    @property
+    def solved_shape(self) -> tuple[int, int]:
+        """Sides of the task factor and of the shared factor: (a, b), or (b, a) when S is on the left."""
+        return self.shape if self.orientation == "right" else self.shape[::-1]
 
 
 def plan_leaves(
-    leaves: Mapping[str, jax.ShapeDtypeStruct], layout: Layout, rank: int, rank_rule: RankRule
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    layout: Layout,
+    rank: int,
+    rank_rule: RankRule = "paper",
+    orientation: Orientation | Literal["auto"] = "right",
 ) -> dict[str, LeafPlan]:
     """Plans the rank of every float leaf of two or more axes.
 
@@ -117,16 +135,20 @@ def plan_leaves(
       rank_rule: what is done with a leaf of min(a, b) <= r. "paper" (appendix B.1): the rank becomes
         floor(min(a, b) / 2), at least 1. "clip": it becomes min(a, b). Recovery is then
         exact where b <= a; a leaf of a < b has a stack of rank up to min(T a, b), and keeps a residual.
+      orientation: where the shared factor stands; "auto" gives the longer side to it, so that a task's
+        own factor has the shorter one: a token embedding must not have a 50k x r factor a task.
 
     Returns:
       Leaf name to plan.
 
     Raises:
       ValueError: if `rank` is not an integer from 1 to the largest min(a, b) of any leaf, or
-        `rank_rule` is unknown.
+        `rank_rule` or `orientation` is unknown.
     """
     if rank_rule not in ("paper", "clip"):
         raise ValueError(f"rank_rule: got {rank_rule!r}, expected 'paper' or 'clip'")
+    if orientation not in ("right", "left", "auto"):
+        raise ValueError(f"orientation: got {orientation!r}, expected 'right', 'left' or 'auto'")
     matrices = {}
     for name, spec in leaves.items():
         view = tree.matrix_view(name, spec.shape, layout)
@@ -138,7 +160,7 @@ def plan_leaves(
         limit = f"1 to {largest}, the largest min(a, b) of any leaf" if largest else "1 or more"
         raise ValueError(f"rank: got {rank!r}, expected an integer from {limit}")
     return {
-        name: LeafPlan(view, shape, _leaf_rank(rank, shape, rank_rule))
+        name: LeafPlan(view, shape, _leaf_rank(rank, shape, rank_rule), _orient(shape, orientation))
         for name, (view, shape) in matrices.items()
     }
 
@@ -149,12 +171,18 @@ def _leaf_rank(rank: int, shape: tuple[int, int], rank_rule: RankRule) -> int:
     return min(shape) if rank_rule == "clip" else max(1, min(shape) // 2)
 
 
+def _orient(shape: tuple[int, int], orientation: Orientation | Literal["auto"]) -> Orientation:
+    if orientation != "auto":
+        return orientation
+    return "right" if shape[0] <= shape[1] else "left"
+
+
 def offset_bytes(state: OffsetState) -> int:
-    """Bytes stored beside the merged model, for all tasks: embeddings, generators, shared factors."""
-    return tree.param_bytes((state.task_embeddings, state.generators, state.shared_factors))
+    """Bytes stored beside the merged model, for all tasks: embeddings and all factors."""
+    return tree.param_bytes((state.task_embeddings, state.offsets))
 
 
-def offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
+def generate(state: OffsetState, embedding: jax.Array) -> FlatParams:
     """Generates the offset of every float leaf (Eq. 3).
 
     Args:
@@ -166,15 +194,12 @@ def offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
     """
     merged = tree.flatten(state.merged)
     result = {}
-    for name, generator in state.generators.items():
-        factor = jnp.tensordot(embedding, generator, axes=1, precision="highest")
-        shared = state.shared_factors[name]
+    for name, form in state.offsets.items():
+        offset = form.offset(embedding)
         view = tree.matrix_view(name, merged[name].shape, state.layout)
-        if view is None:
-            result[name] = factor * shared
-        else:
-            product = jnp.matmul(factor, shared, precision="highest")
-            result[name] = tree.from_matrix(product, view, merged[name].shape)
+        result[name] = (
+            offset if view is None else tree.from_matrix(offset, view, merged[name].shape)
+        )
     return result
 
 
@@ -183,7 +208,7 @@ def _add_offsets(state: OffsetState, embedding: jax.Array) -> FlatParams:
     flat = tree.flatten(state.merged)
     return {
         name: (flat[name].astype(jnp.float32) + offset).astype(flat[name].dtype)
-        for name, offset in offsets(state, embedding).items()
+        for name, offset in generate(state, embedding).items()
     }
 
 
@@ -198,7 +223,7 @@ def apply_embedding(state: OffsetState, embedding: jax.Array) -> Params:
       Nested dict like `state.merged`; sums are float32, then cast to each leaf's dtype.
     """
     flat = tree.flatten(state.merged)
-    floats = tree.unflatten({name: flat[name] for name in state.generators})
+    floats = tree.unflatten({name: flat[name] for name in state.offsets})
     state = replace(state, merged=floats, report=FitReport({}, {}, {}, {}))
     # Buffers stay outside the jit, which would narrow 64-bit integers.
     return tree.unflatten(flat | _add_offsets(state, embedding))

@@ -22,6 +22,10 @@ from retex_jax.plots.canvas import (
     to_svg,
 )
 
+_MOST_LABELS = 12  # more are not told apart
+_UNNAMED = "#a9b3bd"
+_ALWAYS_NAMED = ("weight_average", "retex")
+
 
 def accuracy_bars(
     tasks: Sequence[str],
@@ -105,7 +109,8 @@ def bytes_accuracy(
       rows: rows of results.json; read are "method", "variant", "task_known", "head_known",
         "bytes_per_task" and "normalized_accuracy". Rows without a number in the last two are left
         out. One colour a method, one shape a protocol; rows that cost no bytes stand in a strip of
-        their own at the left, since the axis is logarithmic.
+        their own at the left, since the axis is logarithmic. Where there are more than 12 variants,
+        only those that `named` picks have a name and a colour.
       title: the accessible name of the figure.
 
     Returns:
@@ -139,13 +144,15 @@ def bytes_accuracy(
     free = left - 0.16 * (right - left)
     with figure(262) as fig:
         ax = fig.add_subplot()
-        methods = list(dict.fromkeys(p[0] for p in points))
+        labels = [f"{p[0]} {p[1]}".strip() for p in points]
+        shown = named(points) if len(set(labels)) > _MOST_LABELS else [True] * len(points)
+        methods = list(dict.fromkeys(p[0] for p, has in zip(points, shown, strict=True) if has))
         point = 1.1 * (right - free) / 300
         shift = [PROTOCOLS[p[2]][2] * point for p in points]
         xs = [math.log10(p[3]) if p[3] > 0 else free for p in points]
         xy = [(x + dx, p[4]) for x, dx, p in zip(xs, shift, points, strict=True)]
-        for (method, _, kind, *_rest), (x, y) in zip(points, xy, strict=True):
-            color = PALETTE[methods.index(method) % len(PALETTE)]
+        for (method, _, kind, *_rest), (x, y), has in zip(points, xy, shown, strict=True):
+            color = PALETTE[methods.index(method) % len(PALETTE)] if has else _UNNAMED
             fill = color if kind == "known" else "white"
             style = {
                 "color": color,
@@ -153,7 +160,7 @@ def bytes_accuracy(
                 "markersize": 6.5,
                 "markeredgewidth": 1.5,
             }
-            ax.plot([x], [y], marker=PROTOCOLS[kind][0], zorder=3, **style)
+            ax.plot([x], [y], marker=PROTOCOLS[kind][0], zorder=3 if has else 2.5, **style)
         ys = [y for _, y in xy] + [1.0]
         margin = 0.09 * max(max(ys) - min(ys), 0.02)
         ax.set_ylim(min(ys) - 1.4 * margin, max(ys) + 1.4 * margin)
@@ -174,13 +181,37 @@ def bytes_accuracy(
             fill = INK if kind == "known" else "white"
             handles += ax.plot([], [], marker=PROTOCOLS[kind][0], markerfacecolor=fill, **style)
         fig.legend(handles, [PROTOCOLS[k][1] for k in kinds], loc="outside upper left", ncols=3)
-        labels = [f"{p[0]} {p[1]}".strip() for p in points]
-        _label_points(fig, ax, [(name, *at) for name, at in zip(labels, xy, strict=True)])
+        texts = [label if has else "" for label, has in zip(labels, shown, strict=True)]
+        _label_points(fig, ax, [(text, *at) for text, at in zip(texts, xy, strict=True)])
         return to_svg(fig, title)
 
 
+def named(points: Sequence[tuple[str, str, str, float, float]]) -> list[bool]:
+    """Which points of a crowded figure have a name.
+
+    Args:
+      points: method, variant, protocol, bytes, score of each.
+
+    Returns:
+      For each point whether no other of its protocol is as small and as good, and better in one of these; or it
+      is of Weight Averaging or ReTeX. Of points that are equal in both, the first.
+    """
+    marks = []
+    for i, (method, _, kind, stored, score) in enumerate(points):
+        beaten = any(
+            other == kind
+            and size <= stored
+            and merit >= score
+            and (size < stored or merit > score or j < i)
+            for j, (_, _, other, size, merit) in enumerate(points)
+            if j != i
+        )
+        marks.append(not beaten or method in _ALWAYS_NAMED)
+    return marks
+
+
 def _label_points(fig: Any, ax: Any, points: Sequence[tuple[str, float, float]]) -> list[Any]:
-    """Writes each distinct label once, near its highest point, clear of all points and labels."""
+    """Writes each distinct label but "" once, near its highest point, clear of all points and labels."""
     fig.draw_without_rendering()
     renderer = fig.canvas.get_renderer()
     frame = ax.get_window_extent(renderer).padded(-2)
@@ -189,7 +220,7 @@ def _label_points(fig: Any, ax: Any, points: Sequence[tuple[str, float, float]])
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
     best: dict[str, tuple[float, float]] = {}
     for (label, _, _), (px, py) in zip(points, marks, strict=True):
-        if label not in best or py > best[label][1]:
+        if label and (label not in best or py > best[label][1]):
             best[label] = (px, py)
     texts = []
     for label, (px, py) in sorted(best.items(), key=lambda item: -item[1][1]):

@@ -49,7 +49,10 @@ def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [_cell(word, word, "text") for word in words]
         for _, key, show in numbers:
             number = plots.finite(row.get(key))
-            cells.append(_cell(number, DASH if number is None else show(number)))
+            text = DASH if number is None else show(number)
+            if key == "normalized_accuracy" and text != DASH:
+                text += _spread(row)
+            cells.append(_cell(number, text))
         body.append(cells)
     return _table(["Method", "Known", "Needs", *(n[0] for n in numbers)], {0, 1, 2}, body)
 
@@ -65,6 +68,12 @@ def told(row: Mapping[str, Any]) -> str:
     if not row.get("bytes_per_task") and kind != "none":
         return "own head"
     return PROTOCOL[kind]
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    """Returns the standard deviation of the normalized accuracy over seeds, if there is one."""
+    spread = plots.finite(row.get("normalized_accuracy_std"))
+    return "" if spread is None else f" \N{PLUS-MINUS SIGN} {percent(spread, digits=2, sign='')}"
 
 
 def percent(value: Any, *, digits: int = 1, sign: str = "%") -> str:

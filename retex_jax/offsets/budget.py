@@ -1,0 +1,152 @@
+"""Spends a number of bytes on the ranks of all leaves, where they reduce the squared error most.
+
+The error that a further rank of a leaf removes is its squared singular value, so gains fall with the rank,
+and for one price of a byte the best ranks are those whose gain is worth their bytes (the Lagrangian of the
+problem; every such choice is optimal for the bytes that it spends). The price is found by bisection. At one
+price a leaf may have the tasks share a factor or not, whichever leaves more.
+
+In few bits a factor keeps the part `KEPT` of what it holds (1 - the distortion of the quantiser of a normal
+distribution; J. Max, 1960, table I), a product the square of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retex_jax.offsets import separate
+from retex_jax.offsets.coding import SCALE_BYTES
+from retex_jax.offsets.state import LeafPlan
+
+Sharing = Literal["shared", "separate", "auto"]
+"""Whether the tasks share a factor: always, never, or where it is worth its bytes."""
+
+KEPT = {1: 0.6366, 2: 0.8825, 3: 0.96546, 4: 0.990503, 8: 0.9999, 16: 1.0, 32: 1.0}
+
+_BISECTIONS = 60
+
+
+class Spectra(NamedTuple):
+    """Of one leaf; what one price is compared with.
+
+    Attributes:
+      shared: squared singular values of the stack of all tasks, descending, [k].
+      separate: of each task's own offset, [T, k'].
+    """
+
+    shared: np.ndarray
+    separate: np.ndarray
+
+
+class _Choice(NamedTuple):
+    gain: float
+    bytes: float
+    ranks: int | tuple[int, ...]
+
+
+@jax.jit
+def _stack_spectrum(offsets: jax.Array) -> jax.Array:
+    stack = offsets.reshape(-1, offsets.shape[-1])
+    tall = stack if stack.shape[0] >= stack.shape[1] else stack.T
+    gram = jnp.matmul(tall.T, tall, precision="highest")
+    return jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0)
+
+
+def spectra(offsets: jax.Array, task_weights: np.ndarray) -> Spectra:
+    """Measures one leaf.
+
+    Args:
+      offsets: D_t, [T, a, b], float32.
+      task_weights: [T].
+
+    Returns:
+      Its spectra, of weighted offsets.
+    """
+    weighted = offsets * jnp.asarray(task_weights, jnp.float32)[:, None, None]
+    narrow = weighted if weighted.shape[1] <= weighted.shape[2] else weighted.swapaxes(1, 2)
+    return Spectra(np.asarray(_stack_spectrum(weighted)), np.asarray(separate.decompose(narrow)[0]))
+
+
+def allocate(
+    plans: Mapping[str, LeafPlan],
+    measured: Mapping[str, Spectra],
+    budget: float,
+    *,
+    bits: int = 32,
+    sharing: Sharing = "shared",
+) -> dict[str, LeafPlan]:
+    """Chooses every matrix leaf's rank.
+
+    Args:
+      plans: of the matrix leaves; their ranks are not looked at.
+      measured: of the same leaves.
+      budget: bytes for the factors of all tasks and leaves.
+      bits: of an entry of a factor.
+      sharing: whether tasks share a factor.
+
+    Returns:
+      The plans with ranks: `rank` where a factor is shared, else `task_ranks`. Their bytes are at most the
+      budget.
+    """
+    options = {
+        name: [
+            choose
+            for form, choose in (("shared", _shared), ("separate", _separate))
+            if sharing in (form, "auto")
+        ]
+        for name in plans
+    }
+
+    def at_price(price: float) -> dict[str, _Choice]:
+        return {
+            name: max(
+                (
+                    choose(plans[name].solved_shape, measured[name], bits, price)
+                    for choose in options[name]
+                ),
+                key=lambda choice: choice.gain - price * choice.bytes,
+            )
+            for name in plans
+        }
+
+    top = max(float(spectrum.shared[0]) for spectrum in measured.values())
+    low, high = top * 1e-18, top
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        if sum(choice.bytes for choice in at_price(middle).values()) > budget:
+            low = middle
+        else:
+            high = middle
+    return {
+        name: replace(plans[name], rank=choice.ranks, task_ranks=None)
+        if isinstance(choice.ranks, int)
+        else replace(
+            plans[name], rank=max(choice.ranks), task_ranks=choice.ranks, orientation="right"
+        )
+        for name, choice in at_price(high).items()
+    }
+
+
+def _shared(shape: tuple[int, int], leaf: Spectra, bits: int, price: float) -> _Choice:
+    task_side, shared_side = shape
+    num_tasks = len(leaf.separate)
+    cost = num_tasks * _vector_bytes(task_side, bits) + _vector_bytes(shared_side, bits)
+    gains = KEPT[bits] ** 2 * leaf.shared[: min(shape)]
+    rank = int(np.sum(gains > price * cost))
+    return _Choice(float(gains[:rank].sum()), rank * cost, rank)
+
+
+def _separate(shape: tuple[int, int], leaf: Spectra, bits: int, price: float) -> _Choice:
+    cost = _vector_bytes(shape[0], bits) + _vector_bytes(shape[1], bits)
+    gains = KEPT[bits] ** 2 * leaf.separate
+    worth = gains > price * cost
+    return _Choice(
+        float(gains[worth].sum()), float(worth.sum() * cost), tuple(map(int, worth.sum(axis=1)))
+    )
+
+
+def _vector_bytes(length: int, bits: int) -> float:
+    return 4 * length if bits == 32 else length * bits / 8 + SCALE_BYTES

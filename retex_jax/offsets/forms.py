@@ -1,0 +1,93 @@
+"""The forms of a leaf's offset: each generates it linearly from a task's embedding (ReTeX, Eq. 3).
+
+Factors are arrays or, in few bits, `Coded`. With one-hot embeddings (K = T) a generator is the stack of the
+tasks' own factors.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retex_jax.offsets.coding import Stored, dense
+
+Orientation = Literal["right", "left"]
+"""Where the shared factor stands: G_t S (ReTeX), or S^T G_t^T (ReTeX-Alt)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Elementwise:
+    """Of a leaf below two axes: a vector times a shared scalar.
+
+    Attributes:
+      generator: W, [K, *shape], float32.
+      shared: the scalar, [], float32.
+    """
+
+    generator: Stored
+    shared: jax.Array
+
+    def offset(self, embedding: jax.Array) -> jax.Array:
+        """[K] to [*shape], float32."""
+        return _mix(embedding, self.generator) * self.shared
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Product:
+    """Of a matrix (a, b): task factor times shared factor.
+
+    Attributes:
+      generator: W, [K, a, r], float32; [K, b, r] where the shared factor stands on the left.
+      shared: S, [r, b], float32; [r, a] where it stands on the left: the product is then transposed.
+      orientation: where the shared factor stands.
+    """
+
+    generator: Stored
+    shared: Stored
+    orientation: Orientation = field(default="right", metadata={"static": True})
+
+    def factors(self, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[K] to [a, r] and [r, b], whose product is the offset."""
+        factor, shared = _mix(embedding, self.generator), dense(self.shared)
+        return (factor, shared) if self.orientation == "right" else (shared.T, factor.T)
+
+    def offset(self, embedding: jax.Array) -> jax.Array:
+        """[K] to [a, b], float32."""
+        return jnp.matmul(*self.factors(embedding), precision="highest")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Separate:
+    """Of a matrix (a, b): low-rank products of which none is shared, R in all.
+
+    Attributes:
+      left: [R, a], float32, the first task's first.
+      right: [R, b], float32.
+      ranks: how many of the products are each task's, T numbers.
+    """
+
+    left: Stored
+    right: Stored
+    ranks: tuple[int, ...] = field(metadata={"static": True})
+
+    def factors(self, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[T] to [a, R] and [R, b], whose product is the offset."""
+        weights = jnp.repeat(embedding, np.array(self.ranks), total_repeat_length=sum(self.ranks))
+        return (dense(self.left) * weights[:, None]).T, jnp.asarray(dense(self.right))
+
+    def offset(self, embedding: jax.Array) -> jax.Array:
+        """[T] to [a, b], float32."""
+        return jnp.matmul(*self.factors(embedding), precision="highest")
+
+
+Form = Elementwise | Product | Separate
+"""How one leaf's offset is stored."""
+
+
+def _mix(embedding: jax.Array, generator: Stored) -> jax.Array:
+    return jnp.tensordot(embedding, dense(generator), axes=1, precision="highest")
