@@ -50,6 +50,15 @@ def get_config() -> ConfigDict:
             "offsets": {
                 "rank": 64,
                 "extra_ranks": (),  # reported beside `rank`, by the exact solver, task known
+                # Fractions of the model a task, reported by retex_jax.compare.
+                "budgets": (),
+                "budget_options": {
+                    "bits": 3,
+                    "vector_bits": 4,
+                    "sharing": "auto",
+                    "orientation": "auto",
+                    "task_weights": "energy",
+                },
                 "rank_rule": "paper",  # or "clip"
                 "solver": "exact",  # or "adam"
                 "base": "weight_average",

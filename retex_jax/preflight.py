@@ -47,6 +47,8 @@ _REQUIRED = (
     "search.num_inputs",
     "offsets.rank",
     "offsets.extra_ranks",
+    "offsets.budgets",
+    "offsets.budget_options",
     "offsets.rank_rule",
     "offsets.solver",
     "offsets.base",

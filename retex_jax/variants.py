@@ -114,8 +114,8 @@ def plan(settings: Settings) -> list[Entry]:
 
     Args:
       settings: `methods` is "all" or names joined by commas; `method_options` has options of a
-        method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank` and
-        `offsets.extra_ranks`.
+        method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank`,
+        `offsets.extra_ranks` and `offsets.budgets`.
 
     Returns:
       In the order of the table, no two of one name.
@@ -142,8 +142,10 @@ def plan(settings: Settings) -> list[Entry]:
         raise ValueError("\n".join(problems))
     offsets = settings["offsets"]
     ranks = sorted({offsets["rank"], *offsets["extra_ranks"]})
+    ours = [{"rank": rank} for rank in ranks]
+    ours += [{"budget": budget, **offsets["budget_options"]} for budget in offsets["budgets"]]
     entries: dict[str, Entry] = {}
-    for variant in (*VARIANTS, *(Entry("retex", {"rank": rank}) for rank in ranks)):
+    for variant in (*VARIANTS, *(Entry("retex", options) for options in ours)):
         if variant.method not in names:
             continue
         given = settings["method_options"].get(variant.method, {})
