@@ -119,7 +119,9 @@ def test_unknown_optimum_is_kept_unknown(tmp_path):
 
 def test_artifact_that_is_no_release_is_refused(tmp_path):
     artifact.save(tmp_path, {"x": np.zeros(2)}, {"tasks": [], "layout": "flax"})
-    with pytest.raises(ValueError, match=r"lacks \['forms', 'identifier', 'report'\]: not a release"):
+    with pytest.raises(
+        ValueError, match=r"lacks \['forms', 'identifier', 'report'\]: not a release"
+    ):
         release.load(tmp_path)
 
 

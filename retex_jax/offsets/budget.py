@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.offsets import separate
-from retex_jax.offsets.coding import SCALE_BYTES
+from retex_jax.offsets.coding import SCALE_BYTES, check_bits
 from retex_jax.offsets.state import LeafPlan
 
 Sharing = Literal["shared", "separate", "auto"]
@@ -90,7 +90,11 @@ def allocate(
     Returns:
       The plans with ranks: `rank` where a factor is shared, else `task_ranks`. Their bytes are at most the
       budget.
+
+    Raises:
+      ValueError: if `bits` is unknown.
     """
+    check_bits("bits", bits)
     options = {
         name: [
             choose
