@@ -70,7 +70,7 @@ def outcome(plans, spectra, sharing):
     cost = gain = 0.0
     for name, plan in plans.items():
         task_side, shared_side = plan.solved_shape
-        num_tasks = len(spectra[name].separate)
+        num_tasks = spectra[name].num_tasks
         if sharing == "shared":
             cost += 4 * plan.rank * (num_tasks * task_side + shared_side)
             gain += spectra[name].shared[: plan.rank].sum()

@@ -1,6 +1,16 @@
 """ReTeX: per-task offsets that recover each expert from the merged model."""
 
+from retex_jax.offsets.extension import add_task, remove_task
 from retex_jax.offsets.fit import fit
 from retex_jax.offsets.state import FitReport, OffsetState, mix, offset_bytes, recover
 
-__all__ = ["FitReport", "OffsetState", "fit", "mix", "offset_bytes", "recover"]
+__all__ = [
+    "FitReport",
+    "OffsetState",
+    "add_task",
+    "fit",
+    "mix",
+    "offset_bytes",
+    "recover",
+    "remove_task",
+]

@@ -33,10 +33,13 @@ class Spectra(NamedTuple):
     """Of one leaf; what one price is compared with.
 
     Attributes:
-      shared: squared singular values of the stack of all tasks, descending, [k].
-      separate: of each task's own offset, [T, k'].
+      num_tasks: T.
+      shared: squared singular values of the stack of all tasks, descending, [k]; empty if nothing may be
+        shared.
+      separate: of each task's own offset, [T, k']; empty if all must be shared.
     """
 
+    num_tasks: int
     shared: np.ndarray
     separate: np.ndarray
 
@@ -55,19 +58,25 @@ def _stack_spectrum(offsets: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0)
 
 
-def spectra(offsets: jax.Array, task_weights: np.ndarray) -> Spectra:
+def spectra(offsets: jax.Array, task_weights: np.ndarray, sharing: Sharing = "auto") -> Spectra:
     """Measures one leaf.
 
     Args:
       offsets: D_t, [T, a, b], float32.
       task_weights: [T].
+      sharing: decides which of the spectra are needed.
 
     Returns:
       Its spectra, of weighted offsets.
     """
     weighted = offsets * jnp.asarray(task_weights, jnp.float32)[:, None, None]
     narrow = weighted if weighted.shape[1] <= weighted.shape[2] else weighted.swapaxes(1, 2)
-    return Spectra(np.asarray(_stack_spectrum(weighted)), np.asarray(separate.decompose(narrow)[0]))
+    none = np.zeros((len(weighted), 0))
+    return Spectra(
+        len(weighted),
+        none[0] if sharing == "separate" else np.asarray(_stack_spectrum(weighted)),
+        none if sharing == "shared" else np.asarray(separate.decompose(narrow)[0]),
+    )
 
 
 def allocate(
@@ -116,7 +125,12 @@ def allocate(
             for name in plans
         }
 
-    top = max(float(spectrum.shared[0]) for spectrum in measured.values())
+    top = max(
+        float(spectrum.max())
+        for leaf in measured.values()
+        for spectrum in (leaf.shared, leaf.separate)
+        if spectrum.size
+    )
     low, high = top * 1e-18, top
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
@@ -136,8 +150,7 @@ def allocate(
 
 def _shared(shape: tuple[int, int], leaf: Spectra, bits: int, price: float) -> _Choice:
     task_side, shared_side = shape
-    num_tasks = len(leaf.separate)
-    cost = num_tasks * _vector_bytes(task_side, bits) + _vector_bytes(shared_side, bits)
+    cost = leaf.num_tasks * _vector_bytes(task_side, bits) + _vector_bytes(shared_side, bits)
     gains = KEPT[bits] ** 2 * leaf.shared[: min(shape)]
     rank = int(np.sum(gains > price * cost))
     return _Choice(float(gains[:rank].sum()), rank * cost, rank)

@@ -106,6 +106,20 @@ def dense(stored: Stored) -> Array:
     return values * stored.scales.astype("float32")
 
 
+def take(stored: Stored, indices: np.ndarray) -> Stored:
+    """Some of the entries of the first axis, as they are stored: [n, *rest] to [len(indices), *rest]."""
+    if not isinstance(stored, Coded):
+        return stored[indices]
+    shape = (len(indices), *stored.shape[1:])
+    codes = stored.codes
+    if stored.bits < 8:
+        values = unpack(codes, stored.bits, prod(stored.shape)).reshape(stored.shape)
+        codes = pack(values[indices], stored.bits)
+    else:
+        codes = codes[indices]
+    return Coded(codes, stored.scales[indices], stored.bits, shape)
+
+
 def pack(indices: Array, bits: int) -> Array:
     """Packs integers below 2^bits without gaps, the first in the highest bits: any shape to uint8 [n]."""
     xp = indices.__array_namespace__()

@@ -230,18 +230,32 @@ def code_group(
     def code_leaf(stack: jax.Array, shared: jax.Array) -> tuple[Stored, Stored, jax.Array]:
         coded = code(shared, bits, axis=-1)
         basis = dense(coded)
-        gram = basis @ basis.T
-        # A row of zeros has no part in the solution, and must not make it singular.
-        ridge = 1e-6 * jnp.trace(gram) / max(1, len(gram))
-        solved = jnp.linalg.solve(
-            gram + ridge * jnp.eye(len(gram)), basis @ stack.reshape(-1, stack.shape[-1]).T
-        )
-        generator = code(solved.T.reshape(*stack.shape[:2], -1), bits, axis=-2)
+        generator = code_factors(stack, basis, bits)
         error = task_weights[:, None, None] * (stack - dense(generator) @ basis)
         return generator, coded, jnp.sum(error**2)
 
     with jax.default_matmul_precision("highest"):
         return jax.vmap(code_leaf)(offsets, shared_factors)
+
+
+def code_factors(offsets: jax.Array, shared: jax.Array, bits: int) -> Stored:
+    """The least-squares task factors for a given shared factor, in few bits.
+
+    Args:
+      offsets: D_t, [T, a, b], float32.
+      shared: S, [r, b], float32, of any rows.
+      bits: of an entry.
+
+    Returns:
+      [T, a, r].
+    """
+    with jax.default_matmul_precision("highest"):
+        gram = shared @ shared.T
+        # A row of zeros has no part in the solution, and must not make it singular.
+        ridge = 1e-6 * jnp.trace(gram) / max(1, len(gram))
+        stack = offsets.reshape(-1, offsets.shape[-1])
+        solved = jnp.linalg.solve(gram + ridge * jnp.eye(len(gram)), shared @ stack.T)
+    return code(solved.T.reshape(*offsets.shape[:2], -1), bits, axis=-2)
 
 
 def elementwise(vectors: jax.Array, bits: int = 32) -> Elementwise:

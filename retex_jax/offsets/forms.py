@@ -85,7 +85,50 @@ class Separate:
         return jnp.matmul(*self.factors(embedding), precision="highest")
 
 
-Form = Elementwise | Product | Separate
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Extended:
+    """Of any leaf: the offset of T tasks, and that of a task that was added later.
+
+    Attributes:
+      base: of the T tasks; None where they have none.
+      projection: the added task's factor for the base's shared factor, [1, a, r] as `Product` has it, or None.
+      own: what the projection leaves of the added task's offset, a form of one task, or None.
+    """
+
+    base: "Form | None"
+    projection: Stored | None
+    own: "Form | None"
+
+    def parts(self, embedding: jax.Array) -> list[tuple["Form", jax.Array]]:
+        """[T + 1] to the forms whose offsets are added, each with its embedding."""
+        earlier, later = embedding[:-1], embedding[-1:]
+        parts: list[tuple[Form, jax.Array]] = []
+        if self.base is not None:
+            parts.append((self.base, earlier))
+        if self.projection is not None:
+            root = self.base
+            while isinstance(root, Extended):
+                root = root.base
+            assert isinstance(root, Product)
+            parts.append((Product(self.projection, root.shared, root.orientation), later))
+        if self.own is not None:
+            parts.append((self.own, later))
+        return parts
+
+    def factors(self, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[T + 1] to [a, R] and [R, b], whose product is the offset of a matrix."""
+        pairs = [form.factors(part) for form, part in self.parts(embedding)]
+        left, right = zip(*pairs, strict=True)
+        return jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=0)
+
+    def offset(self, embedding: jax.Array) -> jax.Array:
+        """[T + 1] to [a, b] or [*shape], float32."""
+        first, *others = [form.offset(part) for form, part in self.parts(embedding)]
+        return sum(others, first)
+
+
+Form = Elementwise | Product | Separate | Extended
 """How one leaf's offset is stored."""
 
 
