@@ -27,5 +27,6 @@ def get_config() -> ConfigDict:
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
     config.method_options.adamerging = {"steps": 60, "batches_per_step": 1, "learning_rate": 1e-2}
     config.method_options.wemoe = {"steps": 30}
+    config.method_options.consensus = {"mask_lambda": 0.4}  # only its scaling is searched
     config.evaluate.routed_inputs = 32
     return config

@@ -4,11 +4,17 @@ An `ExpertSet` is what every method fits on. It checks once, early and completel
 belong to the pretrained model, and then hands out one leaf of all experts at a time, so that a method
 needs the memory of one leaf's stack, not of T models. The leaves come from any `Source`: trees in
 memory, safetensors files, which are read through memory maps, or LoRA adapters over a pretrained model.
+
+A method that works element by element needs even less: it reads a leaf in `parts`, which stay in the
+processor's cache.
 """
 
+import math
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +23,7 @@ from jax.core import Tracer
 
 from retex_jax import tree
 from retex_jax.lora.source import LoraSource
-from retex_jax.sources import SafetensorsSource, Source, TreeSource, read_safetensors
+from retex_jax.sources import MappedSource, SafetensorsSource, Source, TreeSource, read_safetensors
 from retex_jax.typing import Array, Layout, Params
 
 __all__ = [
@@ -25,9 +31,17 @@ __all__ = [
     "SafetensorsSource",
     "Source",
     "TreeSource",
+    "aligned_empty",
     "read_safetensors",
     "task_vectors",
 ]
+
+# Elements of a part: 1 MiB of float32 an expert, so that the parts of all experts stay in the cache, and a
+# multiple of 8, so that masks are packed in parts as they are whole.
+_PART = 1 << 18
+
+# Bytes; of the memory that JAX takes over.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -236,35 +250,61 @@ class ExpertSet:
         """The leaves that are merged; the others (integer, bool) are copied."""
         return [name for name, spec in self.leaves.items() if tree.is_float(spec.dtype)]
 
-    def pretrained(self, name: str) -> Array:
-        """One leaf of the pretrained model: [*shape], its own dtype.
+    def parts(self, name: str) -> Sequence[slice | None]:
+        """The ranges of the flattened leaf in which it is best read; [None], all of it, where it must be.
+
+        A leaf is read in parts where all of its sources have it in host memory or in a mapped file.
+        """
+        sources = [source for source in (self._pretrained, *self._experts) if source is not None]
+        if any(_mapped(source, name) is None for source in sources):
+            return [None]
+        size = math.prod(self.leaves[name].shape)
+        return [slice(start, min(start + _PART, size)) for start in range(0, max(size, 1), _PART)]
+
+    def pretrained(self, name: str, part: slice | None = None) -> Array:
+        """One leaf of the pretrained model: [*shape], its own dtype; one of its `parts`: [n].
 
         Raises:
           ValueError: if there is no pretrained model and the leaf is float; others are the first expert's.
         """
         if self._pretrained is not None:
-            return self._pretrained.read(name)
+            return _read(self._pretrained, name, part)
         if tree.is_float(self.leaves[name].dtype):
             raise ValueError(
                 f"pretrained: got None, but {name} of it is needed; take a method that works without, or "
                 "let a merged model take its place: experts.rebased(merged), with merged = "
                 "METHODS['weight_average'].fit(experts)"
             )
-        return self._experts[0].read(name)
+        return _read(self._experts[0], name, part)
 
     def expert(self, name: str, task: int) -> Array:
         """One leaf of one expert: [*shape], its own dtype."""
         return self._experts[task].read(name)
 
-    def stacked(self, name: str) -> jax.Array:
-        """One leaf of all experts: [T, *shape], float32 (float leaves)."""
-        leaves = [source.read(name) for source in self._experts]
+    def stacked(self, name: str, part: slice | None = None) -> Array:
+        """One leaf of all experts, float32 (float leaves): [T, *shape].
+
+        Of one of its `parts`: [T, n], in memory that the thread's next call for a part takes again.
+        """
+        leaves = [_read(source, name, part) for source in self._experts]
+        if part is not None:
+            return np.stack(leaves, out=_scratch(len(leaves), leaves[0].size), casting="unsafe")
         stack = jnp.stack if isinstance(leaves[0], jax.Array) else np.stack
         return jnp.asarray(stack(leaves), dtype=jnp.float32)
 
-    def task_vectors(self, name: str) -> jax.Array:
-        """tau_t = theta_t - theta_0 of one leaf (arXiv:2212.04089): [T, *shape], float32."""
-        return self.stacked(name) - jnp.asarray(self.pretrained(name), dtype=jnp.float32)
+    @overload
+    def task_vectors(self, name: str, part: None = None) -> jax.Array: ...
+
+    @overload
+    def task_vectors(self, name: str, part: slice | None) -> Array: ...
+
+    def task_vectors(self, name: str, part: slice | None = None) -> Array:
+        """tau_t = theta_t - theta_0 of one leaf (arXiv:2212.04089), or of a part, as `stacked`."""
+        stacked = ExpertSet.stacked(self, name, part)
+        if part is None:
+            return stacked - jnp.asarray(self.pretrained(name), dtype=jnp.float32)
+        stacked -= np.asarray(self.pretrained(name, part), np.float32)
+        return stacked
 
     def rebased(self, merged: Params) -> "ExpertSet":
         """The same experts with a merged model in place of the pretrained one.
@@ -305,6 +345,28 @@ class ExpertSet:
         return tree.unflatten({name: self.expert(name, task) for name in self.leaves})
 
 
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array [*shape] that is not filled, and that JAX can take over on a CPU without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    data = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % _ALIGNMENT
+    return data[start : start + size].view(dtype).reshape(shape)
+
+
+_thread = threading.local()
+
+
+def _scratch(*shape: int) -> np.ndarray:
+    """Float32 memory [*shape] of this thread, which its next call takes again.
+
+    Fresh memory of this size costs several times what is then done with it: the system clears every page.
+    """
+    size = math.prod(shape)
+    if getattr(_thread, "scratch", np.empty(0)).size < size:
+        _thread.scratch = aligned_empty([size], np.float32)
+    return _thread.scratch[:size].reshape(shape)
+
+
 def task_vectors(experts: ExpertSet) -> Params:
     """tau_t = theta_t - theta_0 (Task Arithmetic, arXiv:2212.04089, section 2) of every float leaf.
 
@@ -314,6 +376,19 @@ def task_vectors(experts: ExpertSet) -> Params:
       Nested dict of [T, *shape], float32.
     """
     return tree.unflatten({name: experts.task_vectors(name) for name in experts.float_leaves})
+
+
+def _mapped(source: Source, name: str) -> np.ndarray | None:
+    return source.mapped(name) if isinstance(source, MappedSource) else None
+
+
+def _read(source: Source, name: str, part: slice | None) -> Array:
+    if part is None:
+        return source.read(name)
+    mapped = _mapped(source, name)
+    if mapped is None:
+        raise ValueError(f"{name}: can't be read in parts, as `parts` says")
+    return mapped[part]
 
 
 def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:

@@ -1,12 +1,13 @@
 """Where the leaves of one model come from: a tree in memory, or safetensors files on disk.
 
-A `Source` tells names, shapes and dtypes without reading any data, and reads one leaf at a time.
+A `Source` tells names, shapes and dtypes without reading any data, and reads one leaf at a time. One whose
+leaves lie in host memory or in mapped files can also be a `MappedSource`, of which a part of a leaf can be read.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,15 @@ class Source(Protocol):
 
     def read(self, name: str) -> Array:
         """One leaf."""
+        ...
+
+
+@runtime_checkable
+class MappedSource(Source, Protocol):
+    """A source whose leaves, or some of them, can be read in parts."""
+
+    def mapped(self, name: str) -> np.ndarray | None:
+        """One leaf, flattened, without a copy: [size]; None where it is not in host memory."""
         ...
 
 
@@ -55,6 +65,13 @@ class TreeSource:
     def read(self, name: str) -> Array:
         """One leaf, as it was given."""
         return self._flat[name]
+
+    def mapped(self, name: str) -> np.ndarray | None:
+        """One leaf that is a contiguous NumPy array, flattened: [size]; None for others."""
+        leaf = self._flat[name]
+        if isinstance(leaf, np.ndarray) and leaf.flags.c_contiguous:
+            return leaf.reshape(-1)
+        return None
 
 
 class SafetensorsSource:
@@ -97,6 +114,10 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         """One leaf, copied out of the memory map."""
         return np.array(self._snapshot.read(self._keys[name]))
+
+    def mapped(self, name: str) -> np.ndarray:
+        """One leaf, flattened, in the memory map: [size], read-only."""
+        return self._snapshot.read(self._keys[name]).reshape(-1)
 
 
 def read_safetensors(path: str | os.PathLike[str], include: str = "") -> Params:

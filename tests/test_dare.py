@@ -10,6 +10,7 @@ import references_masks
 from expert_sets import expert_set
 from references_masks import MODELS, assert_close, assert_like
 
+from retex_jax import experts as experts_module
 from retex_jax.mergers import average, dare, task_arithmetic, ties
 
 KEY = jax.random.key(3)
@@ -40,7 +41,7 @@ def _kept(pretrained, num_tasks, drop, key=KEY):
 
 def _drawn(key, leaf, task, count):
     seed = [int(word) for word in jax.random.key_data(key)]
-    stream = np.random.SFC64([*seed, zlib.crc32(leaf.encode()), zlib.crc32(task.encode())])
+    stream = np.random.PCG64DXSM([*seed, zlib.crc32(leaf.encode()), zlib.crc32(task.encode())])
     words = [int(word) for word in stream.random_raw(count // 4 + 1)]
     return np.array([word >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:count])
 
@@ -92,8 +93,15 @@ def test_by_hand():
 def test_masks_are_the_same_on_every_machine():
     found = dare.draw_mask(jax.random.key(0), "a", "x", 20, 0.5)
     np.testing.assert_array_equal(
-        found.astype(int), [0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+        found.astype(int), [1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 0]
     )
+
+
+def test_a_part_of_a_mask_is_drawn_as_in_the_whole():
+    whole = dare.draw_mask(KEY, "a", "x", 100_003, 0.3)
+    for start, size in ((0, 5), (4, 40_001), (65_536, 34_467), (100_000, 3)):
+        part = dare.draw_mask(KEY, "a", "x", size, 0.3, start)
+        np.testing.assert_array_equal(part, whole[start : start + size])
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.99])
@@ -171,10 +179,16 @@ def test_keys_leaves_and_tasks_have_masks_of_their_own():
     assert not np.array_equal(dense, np.asarray(other.task_vectors("dense/kernel")) != 0)
 
 
-def test_dropped_experts_read_alike_in_every_way():
+def test_dropped_experts_read_alike_in_every_way(monkeypatch):
+    monkeypatch.setattr(experts_module, "_PART", 16)
     pretrained, experts = references.few_leaves(2, dtype=np.float16)
     found = dare.dropped(expert_set(pretrained, experts), KEY, 0.5)
     name = "dense/kernel"
+    assert len(found.parts(name)) > 1
+    for read in (found.task_vectors, found.stacked):
+        pieces = [np.array(read(name, part)) for part in found.parts(name)]
+        whole = np.asarray(read(name)).reshape(2, -1)
+        np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
     start = pretrained[name].astype(np.float32)
     np.testing.assert_array_equal(found.stacked(name), start + found.task_vectors(name))
     leaf = found.expert(name, 1)

@@ -10,6 +10,7 @@ import references_masks
 from references_masks import MODELS, assert_close, assert_like
 
 import retex_jax as rtx
+from retex_jax import experts as experts_module
 from retex_jax.personalized import emr, masks
 
 
@@ -35,6 +36,19 @@ def test_against_the_definition(model, variant):
         for name, keep in keeps[task].items():
             found = masks.unpack(state.masks[name][task], keep.shape)
             np.testing.assert_array_equal(found, keep)
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_parts_do_not_change_the_result(variant, monkeypatch):
+    pretrained, experts = references.few_leaves(8)
+    want = _fit(pretrained, experts, variant=variant)
+    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(emr, "_ROW", 16)
+    found = _fit(pretrained, experts, variant=variant)
+    np.testing.assert_allclose(found.rescalers, want.rescalers, rtol=1e-6)
+    for name, leaf in want.unified.items():
+        np.testing.assert_array_equal(found.unified[name], leaf)
+        np.testing.assert_array_equal(found.masks[name], want.masks[name])
 
 
 def test_by_hand():

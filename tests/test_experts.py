@@ -334,6 +334,42 @@ def test_safetensors_leaves_are_read_one_by_one(tmp_path, monkeypatch):
     assert not read, "a wrong header must be told before any data is read"
 
 
+def test_parts_of_files_and_trees(tmp_path, monkeypatch):
+    monkeypatch.setattr(experts_module, "_PART", 16)
+    pretrained, experts = references.flax_model(2)
+    path, paths = _files(tmp_path, pretrained, experts)
+    files = rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+    trees = rtx.ExpertSet.from_trees(
+        references.nested(pretrained), list(map(references.nested, experts))
+    )
+    for expert_set in (files, trees):
+        for name in expert_set.float_leaves:
+            parts = expert_set.parts(name)
+            size = pretrained[name].size
+            assert parts == [slice(i, min(i + 16, size)) for i in range(0, size, 16)]
+            for read in (expert_set.stacked, expert_set.task_vectors):
+                pieces = [np.array(read(name, part)) for part in parts]
+                assert {piece.dtype for piece in pieces} == {np.dtype(np.float32)}
+                whole = np.asarray(read(name)).reshape(2, -1)
+                np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
+
+
+def test_what_is_not_in_host_memory_is_read_whole(tmp_path):
+    pretrained, experts = references.flax_model(1)
+    on_device = {name: jnp.asarray(leaf) for name, leaf in experts[0].items()}
+    device = rtx.ExpertSet.from_trees(references.nested(pretrained), [references.nested(on_device)])
+    transposed = {**pretrained, "dense/kernel": np.asfortranarray(pretrained["dense/kernel"])}
+    strided = rtx.ExpertSet.from_trees(
+        references.nested(transposed), [references.nested(pretrained)]
+    )
+    source = experts_module.TreeSource(references.nested(pretrained))
+    own = rtx.ExpertSet.from_sources(source, [_Doubled(source)], layout="flax")
+    for expert_set in (device, strided, own):
+        assert list(expert_set.parts("dense/kernel")) == [None]
+        with pytest.raises(ValueError, match="dense/kernel: can't be read in parts"):
+            expert_set.task_vectors("dense/kernel", slice(0, 4))
+
+
 def _sharded(folder, model):
     """Writes the tensors in turn to two shards, and returns the index."""
     folder.mkdir(exist_ok=True)

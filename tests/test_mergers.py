@@ -7,6 +7,7 @@ import references
 from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
+from retex_jax import experts as experts_module
 from retex_jax.mergers import average, task_arithmetic, ties
 
 MERGERS = {
@@ -128,6 +129,54 @@ def test_thresholds_are_exact(density, spread):
     want = -np.sort(-np.abs(values), axis=1)[:, keep - 1]
     np.testing.assert_array_equal(found, want)
     assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
+def test_thresholds_are_exact_where_the_sample_misleads(density, first, monkeypatch):
+    monkeypatch.setattr(ties, "_SAMPLE", 1000)
+    rng = np.random.default_rng(6)
+    values = rng.normal(size=(2, 8000)).astype(np.float32)
+    values[0, ::8] = first  # all of what the sample sees
+    pretrained = {"a": np.zeros(8000, np.float32)}
+    want = -np.sort(-np.abs(values), axis=1)[:, int(density * 8000) - 1]
+    for tasks in (1, 2):
+        experts = [{"a": row} for row in values[:tasks]]
+        found = ties.thresholds(expert_set(pretrained, experts), density)
+        np.testing.assert_array_equal(found, want[:tasks])
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": "sum"}])
+def test_a_sample_does_not_change_ties(options, monkeypatch):
+    pretrained, experts = references.grid_model(8)
+    want = _merge("ties", pretrained, experts, **options)
+    monkeypatch.setattr(ties, "_SAMPLE", 64)
+    assert_close(_merge("ties", pretrained, experts, **options), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("model", [references.few_leaves, references.grid_model])
+def test_parts_do_not_change_the_result(name, dtype, model, monkeypatch):
+    pretrained, experts = (
+        references.few_leaves(8, dtype=dtype) if model is references.few_leaves else model(8)
+    )
+    want = _merge(name, pretrained, experts, **MERGERS[name])
+    monkeypatch.setattr(experts_module, "_PART", 16)
+    parts = expert_set(pretrained, experts).parts("dense/kernel")
+    assert len(parts) > 1
+    found = _merge(name, pretrained, experts, **MERGERS[name])
+    for leaf in want:
+        assert found[leaf].dtype == want[leaf].dtype
+    assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_an_error_in_a_part_is_raised(name, monkeypatch):
+    experts = expert_set(*references.few_leaves(2))
+    monkeypatch.setattr(type(experts), "stacked", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rtx.METHODS[name].fit(experts, **MERGERS[name])
 
 
 @pytest.mark.parametrize("name", MERGERS)

@@ -6,20 +6,22 @@ The experts are made here from a random model and random deltas: synthetic, for 
 a process of its own, in turn with the others: whole-process seconds; seconds inside, from opening the files to the
 written result; and the peak of anonymous memory (what files that are mapped into memory take is not counted).
 "read_write" reads every byte of all nine files and writes one model. mergekit 0.1.5 (pip install mergekit==0.1.5, in an
-environment of its own) fails offline when it copies the tokenizer, after the merged model is written. Writes
-experiments/benchmarks/mergers.json.
+environment of its own) fails offline when it copies the tokenizer, after the merged model is written. Prints the
+ratios that matter (whole process against mergekit, inside against read_write, peak memory against one model and one
+leaf's stack) beside their goals, and writes experiments/benchmarks/mergers.json.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -42,18 +44,32 @@ MERGEKIT = {
     "dare": ("dare_linear", {"weight": 1.0, "density": 0.5}, {"lambda": 0.3, "normalize": False}),
 }
 
+# The most that a figure may be of what it is compared with.
+GOALS = {
+    "process / mergekit": {
+        "weight_average": 1 / 2,
+        "task_arithmetic": 1 / 2,
+        "ties": 1 / 20,
+        "dare": 1 / 4,
+    },
+    "inside / read_write": {"weight_average": 4, "task_arithmetic": 4, "ties": 12, "emr": 4},
+    "peak / (model + stack)": dict.fromkeys(
+        ("weight_average", "task_arithmetic", "ties", "dare", "emr"), 1
+    ),
+}
+
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of transformers' RobertaModel."""
+    """The tensors of transformers' RobertaModel, named as mergekit expects them."""
     made = {
-        "embeddings.word_embeddings.weight": (VOCABULARY, WIDTH),
-        "embeddings.position_embeddings.weight": (POSITIONS, WIDTH),
-        "embeddings.token_type_embeddings.weight": (1, WIDTH),
-        "embeddings.LayerNorm.weight": (WIDTH,),
-        "embeddings.LayerNorm.bias": (WIDTH,),
+        "roberta.embeddings.word_embeddings.weight": (VOCABULARY, WIDTH),
+        "roberta.embeddings.position_embeddings.weight": (POSITIONS, WIDTH),
+        "roberta.embeddings.token_type_embeddings.weight": (1, WIDTH),
+        "roberta.embeddings.LayerNorm.weight": (WIDTH,),
+        "roberta.embeddings.LayerNorm.bias": (WIDTH,),
     }
     for layer in range(LAYERS):
-        block = f"encoder.layer.{layer}."
+        block = f"roberta.encoder.layer.{layer}."
         for name, (rows, columns) in {
             "attention.self.query": (WIDTH, WIDTH),
             "attention.self.key": (WIDTH, WIDTH),
@@ -66,6 +82,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
             made[f"{block}{name}.bias"] = (rows,)
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             made[f"{block}{name}.weight"] = made[f"{block}{name}.bias"] = (WIDTH,)
+    made["pooler.dense.weight"], made["pooler.dense.bias"] = (WIDTH, WIDTH), (WIDTH,)
     return made
 
 
@@ -223,10 +240,45 @@ def run_mergekit(program: Path, method: str, folder: Path) -> dict[str, float]:
     return {"process_seconds": seconds, "peak_anonymous_bytes": peak}
 
 
-def medians(run: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
+def medians(measured: list[dict[str, float]]) -> dict[str, float]:
     """The median of each figure over runs."""
-    measured = [run() for _ in range(repeats)]
     return {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
+
+
+def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What `GOALS` bounds: kind to method to ratio, of what was measured."""
+    ours, mergekit = results["ours"], results["mergekit"]
+    largest = max(math.prod(shape) for shape in shapes().values())
+    memory = results["model_bytes"] + NUM_TASKS * 4 * largest
+    base = {
+        "process / mergekit": ("process_seconds", lambda m: mergekit[m]["process_seconds"]),
+        "inside / read_write": (
+            "inside_seconds",
+            lambda m: ours["read_write"]["inside_seconds"],
+        ),
+        "peak / (model + stack)": ("peak_anonymous_bytes", lambda m: memory),
+    }
+    return {
+        kind: {
+            method: ours[method][figure] / of(method)
+            for method in ours
+            if method != "read_write" and (kind != "process / mergekit" or method in mergekit)
+        }
+        for kind, (figure, of) in base.items()
+    }
+
+
+def print_ratios(found: dict[str, dict[str, float]]) -> None:
+    """One line a ratio, with its goal."""
+    for kind, methods in found.items():
+        for method, ratio in methods.items():
+            goal = GOALS[kind].get(method)
+            told = (
+                "no goal"
+                if goal is None
+                else f"goal {goal:.3g}, {'met' if ratio <= goal else 'MISSED'}"
+            )
+            print(f"{kind:24} {method:16} {ratio:8.3f}  {told}")
 
 
 def main() -> None:
@@ -237,6 +289,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="5 GB of space")
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml; left out when not given")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -254,14 +307,19 @@ def main() -> None:
         "ours": {},
         "mergekit": {},
     }
-    for method in METHODS:
-        results["ours"][method] = medians(lambda m=method: run_ours(m, args.folder), args.repeats)
-        print(method, results["ours"][method])
-        if args.mergekit and method in MERGEKIT:
-            results["mergekit"][method] = medians(
-                lambda m=method: run_mergekit(args.mergekit, m, args.folder), args.repeats
-            )
-            print("  mergekit", results["mergekit"][method])
+    for method in args.methods:
+        ours, theirs = [], []
+        for _ in range(args.repeats):
+            ours.append(run_ours(method, args.folder))
+            if args.mergekit and method in MERGEKIT:
+                theirs.append(run_mergekit(args.mergekit, method, args.folder))
+        results["ours"][method] = medians(ours)
+        print(method, results["ours"][method], flush=True)
+        if theirs:
+            results["mergekit"][method] = medians(theirs)
+            print("  mergekit", results["mergekit"][method], flush=True)
+    results["ratios"] = ratios(results)
+    print_ratios(results["ratios"])
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {args.out}")
 

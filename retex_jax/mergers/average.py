@@ -6,7 +6,7 @@ Needs no data and no pretrained model. Computed in float32 and stored in the pre
 import jax
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import merge_leaves, sum_over_tasks
+from retex_jax.mergers.leafwise import merge_parts, sum_over_tasks
 from retex_jax.typing import Params
 
 
@@ -27,4 +27,4 @@ def fit(experts: ExpertSet, *, key: jax.Array | None = None) -> Params:
       The merged model.
     """
     del key
-    return merge_leaves(experts, lambda name: average_leaf(experts.stacked(name)))
+    return merge_parts(experts, lambda name, part: average_leaf(experts.stacked(name, part)))

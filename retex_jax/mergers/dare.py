@@ -8,11 +8,12 @@ this does. At p = 1 the factor is infinite; the authors' code then leaves it out
 it is an error.
 
 A mask depends on the key, the leaf's name and the expert's name only, so it is the same in any order
-of tasks, for any subset of leaves, and under any sharding. It is drawn again whenever a leaf is read, so
-no mask is kept and memory is one leaf's stack. p is rounded to a multiple of 2^-16, in the factor as well.
+of tasks, for any subset of leaves, in any parts, and under any sharding. It is drawn again whenever a leaf is
+read, so no mask is kept. p is rounded to a multiple of 2^-16, in the factor as well.
 Computed in float32.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -36,13 +37,16 @@ _MERGERS = {
 
 # What is drawn for an entry: a 16-bit integer.
 _LEVELS = 1 << 16
+_BLOCK = 1 << 15  # entries drawn at a time, which stay in the cache
 
 
-def draw_mask(key: jax.Array, leaf: str, task: str, size: int, drop: float) -> np.ndarray:
+def draw_mask(
+    key: jax.Array, leaf: str, task: str, size: int, drop: float, start: int = 0
+) -> np.ndarray:
     """Which entries of one leaf of one task are kept.
 
-    The key is folded by the CRC-32 of both names into the seed of a stream of 16-bit integers. They
-    are drawn on the host, where that takes a tenth of the time of jax.random on a CPU.
+    The key is folded by the CRC-32 of both names into the seed of a stream of 16-bit integers, one an
+    entry. They are drawn on the host, where that takes a tenth of the time of jax.random on a CPU.
 
     Args:
       key: typed PRNG key.
@@ -50,14 +54,20 @@ def draw_mask(key: jax.Array, leaf: str, task: str, size: int, drop: float) -> n
       task: the expert's name.
       size: number of entries.
       drop: p, as `rounded` gives it.
+      start: the first entry, a multiple of 4.
 
     Returns:
       [size], bool.
     """
     words = np.asarray(jax.random.key_data(key)).ravel().tolist()
-    stream = np.random.SFC64([*words, zlib.crc32(leaf.encode()), zlib.crc32(task.encode())])
-    drawn = stream.random_raw(-(-size // 4)).view(np.uint16)[:size]
-    return drawn >= round(drop * _LEVELS)
+    stream = np.random.PCG64DXSM([*words, zlib.crc32(leaf.encode()), zlib.crc32(task.encode())])
+    stream.advance(start // 4)
+    kept = np.empty(size, bool)
+    for first in range(0, size, _BLOCK):
+        block = kept[first : first + _BLOCK]
+        drawn = stream.random_raw(-(-block.size // 4)).view(np.uint16)[: block.size]
+        np.greater_equal(drawn, round(drop * _LEVELS), out=block)
+    return kept
 
 
 def rounded(drop: float) -> float:
@@ -88,17 +98,28 @@ class _Dropped(ExpertSet):
     drop: float
     rescale: bool
 
-    def task_vectors(self, name: str) -> jax.Array:
-        stacked = super().stacked(name)
-        kept = np.empty((self.num_tasks, stacked[0].size), bool)
-        for task, expert in enumerate(self.names):
-            kept[task] = draw_mask(self.key, name, expert, stacked[0].size, self.drop)
-        whole = stacked - jnp.asarray(self.pretrained(name), dtype=jnp.float32)
+    def task_vectors(self, name: str, part: slice | None = None) -> Array:
+        whole = super().task_vectors(name, part)
         factor = 1 / (1 - self.drop) if self.rescale else 1.0
-        return drop_leaf(whole, kept.reshape(stacked.shape), factor)
+        masks = (self._mask(name, expert, part) for expert in self.names)
+        if part is None:
+            return drop_leaf(whole, np.stack(list(masks)).reshape(whole.shape), factor)
+        for row, mask in zip(whole, masks, strict=True):
+            row *= mask
+        whole *= np.float32(factor)
+        return whole
 
-    def stacked(self, name: str) -> jax.Array:
-        return jnp.asarray(self.pretrained(name), dtype=jnp.float32) + self.task_vectors(name)
+    def stacked(self, name: str, part: slice | None = None) -> Array:
+        vectors = self.task_vectors(name, part)
+        if part is None:
+            return vectors + jnp.asarray(self.pretrained(name), dtype=jnp.float32)
+        vectors += np.asarray(self.pretrained(name, part), np.float32)
+        return vectors
+
+    def _mask(self, name: str, expert: str, part: slice | None) -> np.ndarray:
+        size = math.prod(self.leaves[name].shape)
+        start, stop, step = (part or slice(None)).indices(size)
+        return draw_mask(self.key, name, expert, stop - start, self.drop, start)[::step]
 
     def expert(self, name: str, task: int) -> Array:
         if not tree.is_float(self.leaves[name].dtype):

@@ -1,14 +1,23 @@
-"""Lifts the form of a merger from one leaf to the whole model, a leaf at a time."""
+"""Lifts the form of a merger from one leaf, or one part of it, to the whole model."""
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retex_jax import tree
-from retex_jax.experts import ExpertSet
+from retex_jax.experts import ExpertSet, aligned_empty
 from retex_jax.typing import Params
+
+_Result = TypeVar("_Result")
+
+_MAX_THREADS = 8  # a thread holds a few parts' stacks
 
 
 def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> Params:
@@ -28,6 +37,90 @@ def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> 
         else:
             merged[name] = experts.pretrained(name)
     return tree.unflatten(merged)
+
+
+def merge_parts(experts: ExpertSet, merge_part: Callable[[str, slice | None], jax.Array]) -> Params:
+    """As `merge_leaves`, for a merger that works element by element.
+
+    Args:
+      experts: the experts.
+      merge_part: (leaf name, part) to merged part, [n], float32; to the merged leaf, [*shape], for
+        part None. It is called from several threads.
+
+    Returns:
+      Nested dict with the pretrained model's shapes and dtypes.
+    """
+    leaves = Leaves(experts)
+
+    def put(name: str, part: slice | None) -> None:
+        leaves.put(name, part, merge_part(name, part))
+
+    for _ in map_parts(experts, put):
+        pass
+    return merge_leaves(experts, leaves.take)
+
+
+class Leaves:
+    """A model's float leaves, filled in parts."""
+
+    def __init__(self, experts: ExpertSet):
+        """Takes shapes and dtypes of the pretrained model, whose float64 becomes float32 where JAX keeps none."""
+        self._shapes = {name: experts.leaves[name].shape for name in experts.float_leaves}
+        self._dtypes = {
+            name: jax.dtypes.canonicalize_dtype(experts.leaves[name].dtype) for name in self._shapes
+        }
+        self._leaves: dict[str, Any] = {
+            name: aligned_empty([math.prod(shape)], self._dtypes[name])
+            for name, shape in self._shapes.items()
+            if None not in experts.parts(name)
+        }
+
+    def put(self, name: str, part: slice | None, values: jax.Array) -> None:
+        """Stores a part, [n], or, for part None, the leaf, [*shape]."""
+        if part is None:
+            self._leaves[name] = values.astype(self._dtypes[name])
+        else:
+            self._leaves[name][part] = values
+
+    def take(self, name: str) -> jax.Array:
+        """A leaf of which all parts are stored: [*shape]; it is not kept."""
+        leaf = self._leaves.pop(name).reshape(self._shapes[name])
+        return jax.device_put(leaf, may_alias=True) if isinstance(leaf, np.ndarray) else leaf
+
+
+def map_parts(
+    experts: ExpertSet,
+    function: Callable[[str, slice | None], _Result],
+    names: Sequence[str] | None = None,
+) -> Iterator[tuple[str, list[_Result]]]:
+    """Calls a function for every part of leaves.
+
+    Args:
+      experts: the experts.
+      function: (leaf name, part) to anything that is computed when it returns, as what it reads is
+        overwritten then; called from several threads, but for part None, as a whole leaf may need
+        much memory or lie on several devices.
+      names: of the leaves; all float leaves when not given.
+
+    Yields:
+      Leaf name and the results of its parts, in order.
+    """
+    names = experts.float_leaves if names is None else names
+    parts = {name: experts.parts(name) for name in names}
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+    try:
+        jobs = {
+            name: [pool.submit(function, name, part) for part in ranges]
+            for name, ranges in parts.items()
+            if None not in ranges
+        }
+        for name in parts:
+            if name in jobs:
+                yield name, [job.result() for job in jobs.pop(name)]
+            else:
+                yield name, [function(name, None)]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def sum_over_tasks(values: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_leaves, sum_over_tasks
+from retex_jax.mergers.leafwise import check_finite_number, merge_parts, sum_over_tasks
 from retex_jax.typing import Params
 
 
@@ -46,8 +46,8 @@ def fit(experts: ExpertSet, *, key: jax.Array | None = None, scaling: float = 0.
     del key
     check_finite_number("scaling", scaling)
 
-    def merge_leaf(name: str) -> jax.Array:
-        pretrained = jnp.asarray(experts.pretrained(name), dtype=jnp.float32)
-        return task_arithmetic_leaf(pretrained, experts.task_vectors(name), scaling)
+    def merge_part(name: str, part: slice | None) -> jax.Array:
+        pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
+        return task_arithmetic_leaf(pretrained, experts.task_vectors(name, part), scaling)
 
-    return merge_leaves(experts, merge_leaf)
+    return merge_parts(experts, merge_part)

@@ -1,11 +1,15 @@
 """TIES-Merging (arXiv:2306.01708): trim, elect sign, disjoint merge.
 
-Trimming and the majority sign are global, over the whole flattened model. The trimming threshold is
-found exactly without sorting or stacking the model: a float32 magnitude orders like its bit pattern, so
-two passes of histograms (upper, then lower 16 bits) give the k-th largest magnitude of each task. Memory
-is one leaf's stack. Arithmetic is in float32.
+Trimming and the majority sign are global, over the whole flattened model. The k-th largest magnitude of
+each task is found exactly without sorting or stacking the model: a float32 magnitude orders like its bit
+pattern; a sample brackets the pattern, and one pass over the model counts what lies above the bracket and
+makes a histogram of what lies inside. Where the sample misleads, histograms of all patterns, coarse and then
+fine, find it. Arithmetic is in float32.
 """
 
+import math
+import threading
+from functools import partial
 from typing import Literal
 
 import jax
@@ -13,10 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_leaves, sum_over_tasks
-from retex_jax.typing import Params
+from retex_jax.mergers.leafwise import (
+    Leaves,
+    check_finite_number,
+    map_parts,
+    merge_leaves,
+    sum_over_tasks,
+)
+from retex_jax.typing import Array, Params
 
-_BINS = 1 << 16
+_BINS = 1 << 20
+_ALL = 1 << 31  # bit patterns of magnitudes
+_SAMPLE = 1 << 17
 
 DEFAULT_SCALING = {"mean": 1.0, "sum": 0.3}
 
@@ -74,6 +86,23 @@ def disjoint_merge(
     return total / jnp.maximum(sum_over_tasks((agreeing != 0).astype(jnp.int32)), 1)
 
 
+@jax.jit(static_argnames="merge")
+def _ties_leaf(
+    pretrained: jax.Array,
+    task_vectors: jax.Array,
+    limits: jax.Array,
+    majority_sign: float | jax.Array,
+    scaling: float | jax.Array,
+    merge: Literal["mean", "sum"],
+) -> tuple[jax.Array, jax.Array]:
+    """The merged leaf, and whether values in it cancel, so that the majority decides."""
+    trimmed = trim(task_vectors, limits)
+    signs = elect_signs(trimmed, 0.0)
+    merged = disjoint_merge(trimmed, jnp.where(signs == 0, majority_sign, signs), merge)
+    cancels = jnp.any((signs == 0) & jnp.any(trimmed != 0, axis=0))
+    return pretrained + scaling * merged, cancels
+
+
 def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
     """The magnitude of each task's k-th largest task-vector entry, k = floor(density * size).
 
@@ -85,37 +114,90 @@ def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
       [T], float32; exact. At least one entry a task is kept.
     """
     size = sum(int(np.prod(experts.leaves[name].shape)) for name in experts.float_leaves)
-    keep = np.full(experts.num_tasks, max(1, int(density * size)))
-    upper, above = _select_bin(experts, keep, prefix=None)
-    lower, _ = _select_bin(experts, keep - above, prefix=upper)
-    return (upper.astype(np.uint32) * _BINS + lower.astype(np.uint32)).view(np.float32)
+    keep = max(1, int(density * size))
+    low, high = _sampled_brackets(experts, keep / size, size)
+    while True:
+        shift = _shift(high - low)
+        counts, above = _histograms(experts, low, high, shift)
+        at_least = above[:, None] + counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+        chosen = (at_least >= keep).sum(axis=1) - 1
+        is_missed = (above >= keep) | (chosen < 0)
+        low = np.where(is_missed, 0, low + (chosen << shift))
+        high = np.where(is_missed, _ALL, np.minimum(low + (1 << shift), _ALL))
+        if np.all(high - low == 1):
+            return low.astype(np.uint32).view(np.float32)
 
 
-def _select_bin(
-    experts: ExpertSet, keep: np.ndarray, prefix: np.ndarray | None
+def _shift(widths: np.ndarray) -> np.ndarray:
+    """How many low bits are left out, so that brackets of these widths have no more than `_BINS` bins."""
+    return np.maximum(0, np.ceil(np.log2(np.maximum(widths, 1) / _BINS))).astype(np.int64)
+
+
+def _sampled_brackets(
+    experts: ExpertSet, density: float, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The bin of 16 bits that holds each task's keep-th largest magnitude, and the count above it."""
-    counts = np.zeros((experts.num_tasks, _BINS), dtype=np.int64)
-    for name in experts.float_leaves:
-        magnitudes = np.abs(np.asarray(experts.task_vectors(name)))
-        bits = magnitudes.reshape(experts.num_tasks, -1).view(np.uint32)
-        for task in range(experts.num_tasks):
-            half = bits[task] >> 16
-            if prefix is not None:
-                half = bits[task][half == prefix[task]] & (_BINS - 1)
-            counts[task] += np.bincount(half, minlength=_BINS)
-    at_least = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-    chosen = (at_least >= keep[:, None]).sum(axis=1) - 1
-    rows = np.arange(experts.num_tasks)
-    return chosen, at_least[rows, chosen] - counts[rows, chosen]
+    """Bit patterns [low, high) between which each task's threshold lies, if a sample is a fair one."""
+    step = max(1, size // _SAMPLE)
+    sample = np.concatenate(
+        [_magnitude_bits(experts, name, step) for name in experts.float_leaves], axis=1
+    )
+    sample.sort(axis=1)
+    count = sample.shape[1]
+    rank = (1 - density) * count
+    margin = 5 * math.sqrt(density * rank) + 2
+    first, last = math.floor(rank - margin), math.ceil(rank + margin)
+    low = sample[:, first].astype(np.int64) if first > 0 else np.zeros(len(sample), np.int64)
+    high = sample[:, last] + np.int64(1) if last < count else np.full(len(sample), _ALL)
+    return low, high
 
 
-def majority_sign(experts: ExpertSet, limits: jax.Array) -> float:
+def _magnitude_bits(experts: ExpertSet, name: str, step: int) -> np.ndarray:
+    """Bit patterns of every step-th magnitude of a leaf: [T, n], uint32."""
+    if None in experts.parts(name):
+        whole = np.asarray(experts.task_vectors(name)).reshape(experts.num_tasks, -1)
+        values = whole[:, ::step]
+    else:
+        values = np.asarray(experts.task_vectors(name, slice(None, None, step)))
+    return np.abs(values).view(np.uint32)
+
+
+def _histograms(
+    experts: ExpertSet, low: np.ndarray, high: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms of each task's bit patterns in [low, high), and the count of those above."""
+    counts = np.zeros((experts.num_tasks, _BINS), np.int64)
+    above = np.zeros(experts.num_tasks, np.int64)
+    lock = threading.Lock()
+
+    def count(name: str, part: slice | None) -> None:
+        task_vectors = np.asarray(experts.task_vectors(name, part)).reshape(len(low), -1)
+        for task, values in enumerate(task_vectors):
+            bits = np.abs(values).view(np.uint32)
+            beyond = np.count_nonzero(bits >= np.uint32(high[task]))
+            bits -= np.uint32(low[task])  # a pattern below `low` wraps to above 2^31
+            inside = bits[bits < np.uint32(high[task] - low[task])] >> np.uint32(shift[task])
+            with lock:
+                np.add.at(counts[task], inside, 1)
+                above[task] += beyond
+
+    for _ in map_parts(experts, count):
+        pass
+    return counts, above
+
+
+@jax.jit
+def _balance(task_vectors: jax.Array, limits: jax.Array) -> jax.Array:
+    """The sum of the signs that a leaf elects: int32."""
+    return elect_signs(trim(task_vectors, limits), 0.0).sum(dtype=jnp.int32)
+
+
+def majority_sign(experts: ExpertSet, limits: Array) -> float:
     """Sign of the sum over the model of the elected signs; -1 when they cancel, as the code does."""
-    total = 0
-    for name in experts.float_leaves:
-        trimmed = trim(experts.task_vectors(name), limits)
-        total += int(jnp.sign(sum_over_tasks(trimmed)).sum(dtype=jnp.int32))
+
+    def balance(name: str, part: slice | None) -> int:
+        return int(_balance(experts.task_vectors(name, part), limits))
+
+    total = sum(sum(pieces) for _, pieces in map_parts(experts, balance))
     return 1.0 if total > 0 else -1.0
 
 
@@ -152,12 +234,23 @@ def fit(
         raise ValueError(f"merge: got {merge!r}, expected one of {sorted(DEFAULT_SCALING)}")
     scaling = DEFAULT_SCALING[merge] if scaling is None else scaling
     check_finite_number("scaling", scaling)
-    limits = jnp.asarray(thresholds(experts, density))
-    majority = majority_sign(experts, limits)
+    limits = thresholds(experts, density)
+    leaves = Leaves(experts)
 
-    def merge_leaf(name: str) -> jax.Array:
-        trimmed = trim(experts.task_vectors(name), limits)
-        merged = disjoint_merge(trimmed, elect_signs(trimmed, majority), merge)
-        return jnp.asarray(experts.pretrained(name), dtype=jnp.float32) + scaling * merged
+    def merge_part(name: str, part: slice | None, majority: float) -> bool:
+        pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
+        task_vectors = experts.task_vectors(name, part)
+        merged, cancels = _ties_leaf(pretrained, task_vectors, limits, majority, scaling, merge)
+        leaves.put(name, part, merged)
+        return bool(cancels)
 
-    return merge_leaves(experts, merge_leaf)
+    # The majority matters only where values cancel, so it is not asked for before that is seen.
+    cancelling = [
+        name
+        for name, cancels in map_parts(experts, partial(merge_part, majority=-1.0))
+        if any(cancels)
+    ]
+    if cancelling and majority_sign(experts, limits) > 0:
+        for _ in map_parts(experts, partial(merge_part, majority=1.0), cancelling):
+            pass
+    return merge_leaves(experts, leaves.take)

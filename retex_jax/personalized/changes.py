@@ -9,15 +9,16 @@ from jax.core import Tracer
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.typing import Array, Params
+from retex_jax.typing import Array, FlatParams, Params
 
 
 def stored_pretrained(experts: ExpertSet) -> Params:
     """The pretrained model as states keep it: float leaves on the device, the others as they are."""
-    flat = tree.flatten(experts.pretrained_params())
-    return tree.unflatten(
-        flat | {name: stored(flat[name], flat[name]) for name in experts.float_leaves}
-    )
+    leaves: FlatParams = {}
+    for name, spec in experts.leaves.items():
+        leaf = experts.pretrained(name)
+        leaves[name] = stored(leaf, leaf) if tree.is_float(spec.dtype) else leaf
+    return tree.unflatten(leaves)
 
 
 def stored(leaf: jax.Array | np.ndarray, like: jax.Array | np.ndarray) -> jax.Array:

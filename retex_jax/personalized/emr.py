@@ -18,7 +18,7 @@ What the paper leaves open, and what others say:
 On difference vectors (DTS, appendix: tables 15 to 18) make the expert set with a merged model in place of
 the pretrained one. With Weight Averaging the differences sum to 0, so that rounding elects the sign.
 
-Arithmetic is in float32; the sums over the model are float32 along the last axis, then float64. The
+Arithmetic is in float32; the sums over the model are float32 along rows of a leaf, then float64. The
 unified vector is stored in the leaf's dtype.
 """
 
@@ -32,9 +32,11 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import sum_over_tasks
+from retex_jax.mergers.leafwise import Leaves, map_parts, sum_over_tasks
 from retex_jax.personalized import changes, masks
-from retex_jax.typing import FlatParams, Params
+from retex_jax.typing import Array, FlatParams, Params
+
+_ROW = 512  # entries that are added up in float32
 
 
 @jax.tree_util.register_dataclass
@@ -90,15 +92,22 @@ def agreeing(task_vectors: jax.Array, unified: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _own_sums(task_vectors: jax.Array) -> jax.Array:
-    """Sums of |tau_t| along the last axis: [T, *shape] to [T, *rows]."""
-    return jnp.abs(task_vectors).sum(axis=-1 if task_vectors.ndim > 1 else ())
+def _elect_part(task_vectors: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of a leaf [T, *shape] or a part [T, n]: tau_uni, the packed masks, sums of |tau_t| and of |m_t tau_uni|."""
+    unified = elect(task_vectors)
+    kept = agreeing(task_vectors, unified)
+    shared = jnp.where(kept, jnp.abs(unified), 0.0)
+    return unified, masks.pack(kept), _row_sums(jnp.abs(task_vectors)), _row_sums(shared)
 
 
-@jax.jit
-def _shared_sums(unified: jax.Array, kept: jax.Array) -> jax.Array:
-    """Sums of |m_t tau_uni| along the last axis: [*shape] and [T, *shape] to [T, *rows]."""
-    return jnp.where(kept, jnp.abs(unified), 0.0).sum(axis=-1 if kept.ndim > 1 else ())
+def _row_sums(values: jax.Array) -> jax.Array:
+    """Sums along the last axis, [T, *shape] to [T, *rows]; [T, n] is cut into rows first."""
+    if values.ndim == 1:
+        return values
+    if values.ndim == 2:
+        values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % _ROW)))
+        values = values.reshape(len(values), -1, _ROW)
+    return values.sum(axis=-1)
 
 
 def _totals(row_sums: jax.Array) -> np.ndarray:
@@ -128,23 +137,27 @@ def fit(
     del key
     if variant not in ("code", "paper"):
         raise ValueError(f"variant: got {variant!r}, expected 'code' or 'paper'")
-    unified, packed = {}, {}
-    own_total = np.zeros(experts.num_tasks)
-    shared_total = np.zeros(experts.num_tasks)
-    pretrained = changes.stored_pretrained(experts)
-    flat = tree.flatten(pretrained)
-    for name in experts.float_leaves:
-        task_vectors = experts.task_vectors(name)
-        vector = elect(task_vectors)
-        kept = agreeing(task_vectors, vector)
-        unified[name] = changes.stored(vector, flat[name])
-        packed[name] = masks.pack(kept)
-        divisor = max(1, vector.size) if variant == "code" else 1
-        own_total += _totals(_own_sums(task_vectors)) / divisor
-        shared_total += _totals(_shared_sums(vector, kept)) / divisor
+    leaves = Leaves(experts)
+
+    def elect_part(name: str, part: slice | None) -> tuple[Array, np.ndarray, np.ndarray]:
+        unified, packed, own, shared = _elect_part(experts.task_vectors(name, part))
+        leaves.put(name, part, unified)
+        return packed if part is None else np.asarray(packed), _totals(own), _totals(shared)
+
+    unified: FlatParams = {}
+    packed: FlatParams = {}
+    totals = np.zeros((2, experts.num_tasks))
+    for name, pieces in map_parts(experts, elect_part):
+        unified[name] = leaves.take(name)
+        bits = [piece for piece, *_ in pieces]
+        packed[name] = jnp.asarray(bits[0] if len(bits) == 1 else np.concatenate(bits, axis=1))
+        divisor = max(1, unified[name].size) if variant == "code" else 1
+        totals += sum(np.stack(sums) for _, *sums in pieces) / divisor
+    own_total, shared_total = totals
     rescalers = np.divide(
         own_total, shared_total, out=np.zeros_like(own_total), where=shared_total > 0
     )
+    pretrained = changes.stored_pretrained(experts)
     return EMRState(pretrained, unified, packed, jnp.asarray(rescalers, jnp.float32))
 
 
