@@ -3,6 +3,13 @@
 from ml_collections import ConfigDict
 
 
+def budgeted(*fractions: float) -> tuple[tuple[str, dict], ...]:
+    """Offsets of our own form for `extra_variants`, by what they take of the model a task."""
+    form = {"bits": 3, "vector_bits": 4, "sharing": "auto", "orientation": "auto"}
+    form["task_weights"] = "energy"
+    return tuple(("retex", {"budget": fraction, **form}) for fraction in fractions)
+
+
 def get_config() -> ConfigDict:
     """Every entry that an experiment has, with its default."""
     return ConfigDict(
@@ -38,6 +45,7 @@ def get_config() -> ConfigDict:
             # Of retex_jax.compare: "all", or names of retex_jax.METHODS joined by commas.
             "methods": "all",
             "method_options": {},  # name: options that differ; they are not searched
+            "extra_variants": (),  # further rows: (name, options)
             "num_seeds": 3,  # of methods that are random
             # A further row with the options that are best on the first validation inputs of each task.
             "search": {"enabled": True, "num_inputs": 64},
@@ -50,15 +58,6 @@ def get_config() -> ConfigDict:
             "offsets": {
                 "rank": 64,
                 "extra_ranks": (),  # reported beside `rank`, by the exact solver, task known
-                # Fractions of the model a task, reported by retex_jax.compare.
-                "budgets": (),
-                "budget_options": {
-                    "bits": 3,
-                    "vector_bits": 4,
-                    "sharing": "auto",
-                    "orientation": "auto",
-                    "task_weights": "energy",
-                },
                 "rank_rule": "paper",  # or "clip"
                 "solver": "exact",  # or "adam"
                 "base": "weight_average",

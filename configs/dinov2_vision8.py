@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.finetune.steps = 200
     config.offsets.extra_ranks = (4, 16)
     config.identifier.layer = 10
-    config.offsets.budgets = (0.0025, 0.005, 0.01)
+    config.extra_variants = common.budgeted(0.0025, 0.005, 0.01)
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
     config.method_options.adamerging = {"steps": 60, "batches_per_step": 1, "learning_rate": 1e-2}
     config.method_options.wemoe = {"steps": 30}

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.offsets.extra_ranks = (2, 8, 16)
     config.identifier.layer = 3
     config.identifier.num_calibration = 256
-    config.offsets.budgets = (0.0025, 0.005, 0.01)
+    config.extra_variants = common.budgeted(0.0025, 0.005, 0.01)
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
     config.method_options.adamerging = {"steps": 60, "batches_per_step": 1, "learning_rate": 1e-2}
     config.method_options.wemoe = {"steps": 30}

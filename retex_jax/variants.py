@@ -114,8 +114,8 @@ def plan(settings: Settings) -> list[Entry]:
 
     Args:
       settings: `methods` is "all" or names joined by commas; `method_options` has options of a
-        method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank`,
-        `offsets.extra_ranks` and `offsets.budgets`.
+        method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank` and
+        `offsets.extra_ranks`; then come `extra_variants`.
 
     Returns:
       In the order of the table, no two of one name.
@@ -134,7 +134,12 @@ def plan(settings: Settings) -> list[Entry]:
     ]
     names = _names(settings["methods"])
     known = f"expected {ALL!r} or some of {sorted(METHODS)}"
-    for setting, given in (("methods", names), ("method_options", settings["method_options"])):
+    given_names = {
+        "methods": names,
+        "method_options": settings["method_options"],
+        "extra_variants": [method for method, _ in settings["extra_variants"]],
+    }
+    for setting, given in given_names.items():
         if unknown := [name for name in given if name not in METHODS]:
             hint = tree.did_you_mean(unknown[0], METHODS)
             problems.append(f"{setting}: got {unknown}, {known}{hint}")
@@ -142,10 +147,10 @@ def plan(settings: Settings) -> list[Entry]:
         raise ValueError("\n".join(problems))
     offsets = settings["offsets"]
     ranks = sorted({offsets["rank"], *offsets["extra_ranks"]})
-    ours = [{"rank": rank} for rank in ranks]
-    ours += [{"budget": budget, **offsets["budget_options"]} for budget in offsets["budgets"]]
+    further = [Entry("retex", {"rank": rank}) for rank in ranks]
+    further += [Entry(method, options) for method, options in settings["extra_variants"]]
     entries: dict[str, Entry] = {}
-    for variant in (*VARIANTS, *(Entry("retex", options) for options in ours)):
+    for variant in (*VARIANTS, *further):
         if variant.method not in names:
             continue
         given = settings["method_options"].get(variant.method, {})
