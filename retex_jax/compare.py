@@ -32,6 +32,7 @@ from retex_jax import (
     evaluate,
     experiment,
     logging,
+    offsets,
     preflight,
     pretrained,
     report,
@@ -161,10 +162,12 @@ def fit_row(
                 count = bench.settings["evaluate"]["routed_inputs"]
                 inputs = bench.calibrations["test"]
                 rows.append(evaluate.routed_row(*names, state, inputs, count, seconds))
+        leaves = offsets.by_kind(state) if isinstance(state, offsets.OffsetState) else None
         del state  # some hold all experts
         update(entry.num_candidates + done, seed=f"{done}/{len(numbers)}")
     row = evaluate.over_seeds(rows, numbers, bench.suite.individual)
-    return {**row, "needs": entry.needs, "entry": entry.name, "commit": logging.commit()}
+    facts = {"needs": entry.needs, "entry": entry.name, "commit": logging.commit()}
+    return {**row, **facts, **({"leaves": leaves} if leaves else {})}
 
 
 def searched(entry: Entry, chosen: Mapping[str, Any], found: search.SearchResult) -> dict[str, Any]:

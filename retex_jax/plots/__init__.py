@@ -8,10 +8,11 @@ points wide: shown at 360 px its letters are 7.5 to 9 px high.
 
 from retex_jax.plots.accuracy import accuracy_bars, bytes_accuracy
 from retex_jax.plots.canvas import bytes_text, check_available, finite, protocol, seconds_text
-from retex_jax.plots.diagnostics import confusion, spectra, times
+from retex_jax.plots.diagnostics import by_layer, confusion, spectra, times
 
 __all__ = [
     "accuracy_bars",
+    "by_layer",
     "bytes_accuracy",
     "bytes_text",
     "check_available",

@@ -175,6 +175,54 @@ def confusion(matrix: np.ndarray, tasks: Sequence[str], *, title: str = "Identif
         return to_svg(fig, title)
 
 
+def by_layer(
+    kinds: Mapping[str, Sequence[float | None]], *, title: str, percent: bool = False
+) -> str:
+    """Draws one number for each kind of leaf and layer.
+
+    Args:
+      kinds: kind of leaf -> its number in each layer, >= 0, None where there is none; not empty. Kinds may
+        have different numbers of layers.
+      title: the accessible name of the figure.
+      percent: whether numbers are shares, shown in percent, rather than plain.
+
+    Returns:
+      The SVG element.
+
+    Raises:
+      ValueError: if there is no kind or no layer, or a number is negative or not finite.
+    """
+    problems = [
+        f"kinds[{kind!r}]: got {value}, expected a finite number >= 0"
+        for kind, values in kinds.items()
+        for value in values
+        if value is not None and not (math.isfinite(value) and value >= 0)
+    ]
+    layers = max((len(values) for values in kinds.values()), default=0)
+    raise_all(problems if layers else ["kinds: expected at least one kind and layer"])
+    table = np.full((len(kinds), layers), np.nan)
+    for row, values in enumerate(kinds.values()):
+        table[row, : len(values)] = [np.nan if value is None else value for value in values]
+    top = 1.0 if percent else max(float(np.nanmax(table, initial=0)), 1.0)
+    with figure(17.0 * len(kinds) + 42) as fig:
+        ax = fig.add_subplot()
+        cells = {"cmap": "Blues", "vmin": 0, "vmax": 1.1 * top, "edgecolors": "white"}
+        edges = np.arange(layers + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5
+        ax.pcolormesh(*edges, np.ma.masked_invalid(table), linewidth=1.0, **cells)
+        ax.invert_yaxis()
+        ax.set_yticks(range(len(kinds)), [short(kind, 28) for kind in kinds])
+        ax.set_xticks(range(layers))
+        ax.tick_params(which="both", length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel("layer")
+        for i, j in np.ndindex(*table.shape):
+            if np.isfinite(table[i, j]):
+                text = f"{100 * table[i, j]:.0f}" if percent else f"{table[i, j]:.0f}"
+                color = "white" if table[i, j] > 0.55 * top else INK
+                ax.text(j, i, text, ha="center", va="center", color=color, fontsize=7.5)
+        return to_svg(fig, title)
+
+
 def times(seconds: Mapping[str, float], *, title: str = "Wall-clock time of each phase") -> str:
     """Draws one horizontal bar a phase with its wall-clock time.
 

@@ -81,6 +81,33 @@ def render(
     )
 
 
+def _leaf_figures(method: str, leaves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    ranks = {kind: of["rank"] for kind, of in leaves.items()}
+    lost = {kind: of["residual"] for kind, of in leaves.items()}
+    shown = (
+        (
+            "Ranks",
+            ranks,
+            False,
+            "The rank of each matrix's offsets, the mean over tasks where none is shared",
+        ),
+        (
+            "What is lost",
+            lost,
+            True,
+            "Percent of the offsets' squared energy that is not recovered",
+        ),
+    )
+    return [
+        _figure(
+            f"{title} of each layer",
+            f"{text}: {method}.",
+            plots.by_layer(values, title=f"{title} of each layer", percent=percent),
+        )
+        for title, values, percent, text in shown
+    ]
+
+
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns what the numbers after a plus-minus sign are, if there are any."""
     counts = sorted({len(row["seeds"]) for row in rows if len(row.get("seeds") or ()) > 1})
@@ -155,6 +182,8 @@ def _figures(
         text += f"; what lies to the right of rank {rank} is not stored." if rank else "."
         svg = plots.spectra(spectra, rank=rank)
         figures.append(_figure("Singular spectra of the offsets", text, svg))
+    for row in [row for row in rows if row.get("leaves")][-1:]:
+        figures += _leaf_figures(name(row), row["leaves"])
     for title, matrix in confusion:
         text = (
             "Each row shows where the inputs of one task were sent; a perfect identifier fills the "
