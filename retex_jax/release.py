@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from retex_jax import artifact, tree
+from retex_jax import artifact, offsets, tree
+from retex_jax.identifier import subspace
 from retex_jax.identifier.subspace import Signatures
 from retex_jax.offsets import FitReport, OffsetState, serialization
 from retex_jax.recovery import Head, Identifier
+from retex_jax.typing import Array, Params
 
 _PARTS = {"merged", "task_embeddings", "offsets", "identifier", "heads"}
 
@@ -93,6 +95,80 @@ def load(directory: str | os.PathLike[str]) -> Release:
     )
     heads = {name: parts["heads"][name] for name in metadata["tasks"]}
     return Release(state, Identifier(signatures, metadata["identifier"]["layer"]), heads, metadata)
+
+
+def add_task(
+    release: Release,
+    name: str,
+    expert: Params,
+    head: Head,
+    features: Array,
+    *,
+    budget: float,
+    **options: Any,
+) -> Release:
+    """Adds one expert to a release, without the others.
+
+    Args:
+      release: from `load`.
+      name: of the new task.
+      expert: its backbone, nested dict like the merged model.
+      head: its classifier.
+      features: of unlabelled inputs of the task, [n, d], float32: the merged model's, from the identifier's layer
+        (see `recovery.run`).
+      budget: what its offset may take, and **options: see `offsets.add_task`.
+
+    Returns:
+      The release with the task as the last one; what it holds of the others is the same to the last bit.
+
+    Raises:
+      ValueError: if there is such a task, or as `offsets.add_task` and `subspace.fit`.
+    """
+    if name in release.heads:
+        raise ValueError(f"name: {name!r} is a task of the release: {sorted(release.heads)}")
+    state = offsets.add_task(release.state, expert, budget=budget, **options)
+    signatures = release.identifier.signatures
+    own = subspace.fit(
+        [features],
+        signatures.bases.shape[1],
+        center=bool(np.any(signatures.centers)),
+        normalize=signatures.normalize,
+    )
+    return _with(
+        release,
+        state,
+        jnp.concatenate([signatures.centers, own.centers]),
+        jnp.concatenate([signatures.bases, own.bases]),
+        {**release.heads, name: head},
+    )
+
+
+def remove_task(release: Release, name: str) -> Release:
+    """Removes one task from a release; see `offsets.remove_task`.
+
+    Raises:
+      ValueError: if there is no such task, or it is the only one.
+    """
+    if name not in release.heads:
+        hint = tree.did_you_mean(name, release.heads)
+        raise ValueError(f"name: got {name!r}, expected one of {list(release.heads)}{hint}")
+    task = list(release.heads).index(name)
+    signatures = release.identifier.signatures
+    return _with(
+        release,
+        offsets.remove_task(release.state, task),
+        jnp.delete(signatures.centers, task, axis=0),
+        jnp.delete(signatures.bases, task, axis=0),
+        {task: head for task, head in release.heads.items() if task != name},
+    )
+
+
+def _with(
+    release: Release, state: OffsetState, centers: Array, bases: Array, heads: dict[str, Head]
+) -> Release:
+    signatures = replace(release.identifier.signatures, centers=centers, bases=bases)
+    identifier = Identifier(signatures, release.identifier.layer)
+    return replace(release, state=state, identifier=identifier, heads=heads)
 
 
 def _finite(value: float) -> float | None:

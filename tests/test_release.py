@@ -117,6 +117,38 @@ def test_unknown_optimum_is_kept_unknown(tmp_path):
     assert loaded.optima["a/kernel"] == optima["a/kernel"]
 
 
+def test_a_task_is_added_and_removed_without_the_other_experts(run, tmp_path):
+    loaded = release.load(run.workdir)
+    names = list(loaded.heads)
+    expert = offsets.recover(loaded.state, 0)
+    expert = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, expert)
+    width = loaded.identifier.signatures.centers.shape[1]
+    features = np.random.default_rng(0).normal(size=(64, width)).astype("f4")
+    head = loaded.heads[names[0]]
+    with pytest.raises(ValueError, match=f"name: '{names[0]}' is a task of the release"):
+        release.add_task(loaded, names[0], expert, head, features, budget=0.9)
+    added = release.add_task(loaded, "new", expert, head, features, budget=2.0**40, bits=8)
+    release.save(tmp_path / "added", added)
+    again = release.load(tmp_path / "added")
+    assert list(again.heads) == [*names, "new"]
+    for name, leaf in tree.flatten(offsets.recover(again.state, len(names))).items():
+        np.testing.assert_allclose(leaf, tree.flatten(expert)[name], atol=2e-3, err_msg=name)
+    with pytest.raises(ValueError, match="name: got 'nwe', expected one of .*did you mean 'new'"):
+        release.remove_task(again, "nwe")
+    release.save(tmp_path / "removed", release.remove_task(again, "new"))
+    before, after = (
+        artifact.load(folder).tensors for folder in (run.workdir, tmp_path / "removed")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor, err_msg=name)
+    fewer = release.remove_task(loaded, names[1])
+    assert list(fewer.heads) == [names[0], *names[2:]]
+    np.testing.assert_array_equal(
+        fewer.identifier.signatures.centers, np.delete(loaded.identifier.signatures.centers, 1, 0)
+    )
+
+
 def test_artifact_that_is_no_release_is_refused(tmp_path):
     artifact.save(tmp_path, {"x": np.zeros(2)}, {"tasks": [], "layout": "flax"})
     with pytest.raises(

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from measuring import AnonymousMemory, anonymous_bytes, medians
 
 NUM_TASKS = 8
 WIDTH, MLP, LAYERS, VOCABULARY, POSITIONS = 768, 3072, 12, 50265, 514
@@ -149,31 +149,6 @@ def merge(method: str, folder: Path, out: Path) -> None:
     artifact.save_safetensors(out, tensors)
 
 
-class AnonymousMemory(threading.Thread):
-    """Samples this process's anonymous memory; `peak` is the largest seen, bytes."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        """Samples until the process ends."""
-        while True:
-            self.peak = max(self.peak, anonymous_bytes(os.getpid()))
-            time.sleep(0.005)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process, 0 once it is gone."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
-
-
 def worker(method: str, folder: Path) -> None:
     """One measured process: prints seconds inside and peak anonymous memory as JSON."""
     memory = AnonymousMemory()
@@ -238,11 +213,6 @@ def run_mergekit(program: Path, method: str, folder: Path) -> dict[str, float]:
     for path in written:
         path.unlink()
     return {"process_seconds": seconds, "peak_anonymous_bytes": peak}
-
-
-def medians(measured: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure over runs."""
-    return {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
 
 
 def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
