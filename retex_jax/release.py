@@ -116,7 +116,8 @@ def add_task(
       head: its classifier.
       features: of unlabelled inputs of the task, [n, d], float32: the merged model's, from the identifier's layer
         (see `recovery.run`).
-      budget: what its offset may take, and **options: see `offsets.add_task`.
+      budget: what its offset may take; see `offsets.add_task`.
+      **options: of `offsets.add_task`.
 
     Returns:
       The release with the task as the last one; what it holds of the others is the same to the last bit.

@@ -133,7 +133,7 @@ def test_a_task_is_added_and_removed_without_the_other_experts(run, tmp_path):
     assert list(again.heads) == [*names, "new"]
     for name, leaf in tree.flatten(offsets.recover(again.state, len(names))).items():
         np.testing.assert_allclose(leaf, tree.flatten(expert)[name], atol=2e-3, err_msg=name)
-    with pytest.raises(ValueError, match="name: got 'nwe', expected one of .*did you mean 'new'"):
+    with pytest.raises(ValueError, match=r"name: got 'nwe', expected one of .*did you mean 'new'"):
         release.remove_task(again, "nwe")
     release.save(tmp_path / "removed", release.remove_task(again, "new"))
     before, after = (

@@ -7,10 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from retex_jax.offsets.coding import Coded
-from retex_jax.offsets.forms import Elementwise, Form, Product, Separate
+from retex_jax.offsets.forms import Elementwise, Extended, Form, Product, Separate
 from retex_jax.typing import Array
 
-_FORMS = {"elementwise": Elementwise, "product": Product, "separate": Separate}
+_FORMS = {
+    "elementwise": Elementwise,
+    "product": Product,
+    "separate": Separate,
+    "extended": Extended,
+}
 
 
 def to_tensors(offsets: Mapping[str, Form]) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -20,24 +25,11 @@ def to_tensors(offsets: Mapping[str, Form]) -> tuple[dict[str, Array], dict[str,
       offsets: by leaf name.
 
     Returns:
-      Tensors, "leaf/field" or, of a coded field, "leaf/field/codes" and "leaf/field/scales"; and by leaf
-      what is no tensor, as JSON's types.
+      Tensors, "leaf/field" or, of a coded field, "leaf/field/codes" and "leaf/field/scales", and so on
+      for a form within a form; and by leaf what is no tensor, as JSON's types.
     """
     tensors: dict[str, Array] = {}
-    facts: dict[str, Any] = {}
-    for name, form in offsets.items():
-        kind = next(kind for kind, cls in _FORMS.items() if isinstance(form, cls))
-        facts[name] = {"form": kind}
-        for field in fields(form):
-            value = getattr(form, field.name)
-            if isinstance(value, Coded):
-                tensors[f"{name}/{field.name}/codes"] = value.codes
-                tensors[f"{name}/{field.name}/scales"] = value.scales
-                facts[name][field.name] = {"bits": value.bits, "shape": list(value.shape)}
-            elif field.metadata.get("static"):
-                facts[name][field.name] = list(value) if isinstance(value, tuple) else value
-            else:
-                tensors[f"{name}/{field.name}"] = value
+    facts = {name: _take_apart(name, form, tensors) for name, form in offsets.items()}
     return tensors, facts
 
 
@@ -47,24 +39,49 @@ def from_tensors(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> dict
     Raises:
       ValueError: if a form is unknown, or what it needs is missing.
     """
-    offsets: dict[str, Form] = {}
-    for name, known in facts.items():
+    return {name: _put_together(name, known, tensors) for name, known in facts.items()}
+
+
+def _take_apart(name: str, value: Any, tensors: dict[str, Array]) -> Any:
+    """Adds the tensors of a form's value to `tensors`, and returns the rest."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Coded):
+        tensors[f"{name}/codes"], tensors[f"{name}/scales"] = value.codes, value.scales
+        return {"bits": value.bits, "shape": list(value.shape)}
+    kind = next((kind for kind, cls in _FORMS.items() if isinstance(value, cls)), None)
+    if kind is None:
+        tensors[name] = value
+        return {"form": "tensor"}
+    entries = {
+        field.name: _take_apart(f"{name}/{field.name}", getattr(value, field.name), tensors)
+        for field in fields(value)
+    }
+    return {"form": kind, **entries}
+
+
+def _put_together(name: str, known: Any, tensors: Mapping[str, Array]) -> Any:
+    try:
+        if known is None or isinstance(known, str):
+            return known
+        if isinstance(known, list):
+            return tuple(known)
+        if "bits" in known:
+            parts = (jnp.asarray(tensors[f"{name}/{part}"]) for part in ("codes", "scales"))
+            return Coded(*parts, known["bits"], tuple(known["shape"]))
+        if known.get("form") == "tensor":
+            return jnp.asarray(tensors[name])
         if known.get("form") not in _FORMS:
             raise ValueError(f"{name}: form is {known.get('form')!r}, expected {sorted(_FORMS)}")
-        values = {}
-        try:
-            for field in fields(_FORMS[known["form"]]):
-                fact = known.get(field.name)
-                if isinstance(fact, Mapping):
-                    parts = [tensors[f"{name}/{field.name}/{part}"] for part in ("codes", "scales")]
-                    values[field.name] = Coded(
-                        *map(jnp.asarray, parts), fact["bits"], tuple(fact["shape"])
-                    )
-                elif field.metadata.get("static"):
-                    values[field.name] = tuple(fact) if isinstance(fact, list) else fact
-                else:
-                    values[field.name] = jnp.asarray(tensors[f"{name}/{field.name}"])
-        except KeyError as error:
-            raise ValueError(f"{name}: {error} is missing") from error
-        offsets[name] = _FORMS[known["form"]](**values)
-    return offsets
+        cls = _FORMS[known["form"]]
+        values = {field.name: known[field.name] for field in fields(cls)}
+    except KeyError as error:
+        raise ValueError(f"{name}: {error} is missing") from error
+    return cls(
+        **{
+            field: _put_together(f"{name}/{field}", value, tensors)
+            for field, value in values.items()
+        }
+    )
