@@ -9,7 +9,7 @@ fine, find it. Arithmetic is in float32.
 
 import math
 import threading
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import jax
@@ -79,11 +79,13 @@ def disjoint_merge(
     Returns:
       The merged task vector, [*shape], float32; 0 where nothing agrees.
     """
-    agreeing = jnp.where(task_vectors * signs > 0, task_vectors, 0.0)
-    total = sum_over_tasks(agreeing)
+    # Task by task: XLA makes one loop of it on a CPU, a quarter of the time of [T, *shape] in between.
+    agreeing = [jnp.where(one * signs > 0, one, 0.0) for one in jnp.unstack(task_vectors)]
+    total = reduce(jnp.add, agreeing)
     if merge == "sum":
         return total
-    return total / jnp.maximum(sum_over_tasks((agreeing != 0).astype(jnp.int32)), 1)
+    counts = reduce(jnp.add, [(one != 0).astype(jnp.float32) for one in agreeing])
+    return total / jnp.maximum(counts, 1)
 
 
 @jax.jit(static_argnames="merge")
@@ -99,7 +101,8 @@ def _ties_leaf(
     trimmed = trim(task_vectors, limits)
     signs = elect_signs(trimmed, 0.0)
     merged = disjoint_merge(trimmed, jnp.where(signs == 0, majority_sign, signs), merge)
-    cancels = jnp.any((signs == 0) & jnp.any(trimmed != 0, axis=0))
+    is_kept = reduce(jnp.logical_or, jnp.unstack(trimmed != 0))
+    cancels = jnp.any((signs == 0) & is_kept)
     return pretrained + scaling * merged, cancels
 
 
@@ -170,14 +173,16 @@ def _histograms(
     lock = threading.Lock()
 
     def count(name: str, part: slice | None) -> None:
-        task_vectors = np.asarray(experts.task_vectors(name, part)).reshape(len(low), -1)
-        for task, values in enumerate(task_vectors):
-            bits = np.abs(values).view(np.uint32)
-            beyond = np.count_nonzero(bits >= np.uint32(high[task]))
-            bits -= np.uint32(low[task])  # a pattern below `low` wraps to above 2^31
-            inside = bits[bits < np.uint32(high[task] - low[task])] >> np.uint32(shift[task])
+        task_vectors = experts.task_vectors(name, part)
+        own = np.asarray(task_vectors) if part is not None else np.array(task_vectors)
+        patterns = own.reshape(len(low), -1).view(np.uint32)
+        patterns &= np.uint32(_ALL - 1)
+        patterns -= low.astype(np.uint32)[:, None]  # what is below `low` wraps to above 2^31
+        for task, bits in enumerate(patterns):
+            inside = bits[bits < np.uint32(high[task] - low[task])]
+            beyond = np.count_nonzero(bits < _ALL) - inside.size
             with lock:
-                np.add.at(counts[task], inside, 1)
+                np.add.at(counts[task], inside >> np.uint32(shift[task]), 1)
                 above[task] += beyond
 
     for _ in map_parts(experts, count):
