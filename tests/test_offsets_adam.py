@@ -8,7 +8,7 @@ import references
 from expert_sets import expert_set
 
 import retex_jax as rtx
-from retex_jax.offsets import adam
+from retex_jax.offsets import adam, generator
 
 RETEX = rtx.METHODS["retex"]
 FAST = {
@@ -395,9 +395,13 @@ def test_all_bad_settings_are_listed_at_once():
 def test_products_are_at_the_highest_precision():
     """Also where the report measures the residual, outside the training loop."""
     targets = {0: jnp.ones((1, 3, 6, 5)), 1: jnp.ones((2, 3, 4))}
-    params = adam.init_params(jax.random.key(0), [["a"], ["b", "c"]], targets, {0: 2, 1: None}, 3)
+    params = generator.init_params(
+        jax.random.key(0), [["a"], ["b", "c"]], targets, {0: 2, 1: None}, 3
+    )
     for index in targets:
-        text = str(jax.make_jaxpr(adam.predict, static_argnums=1)(params, index, jnp.ones((3, 3))))
+        text = str(
+            jax.make_jaxpr(generator.predict, static_argnums=1)(params, index, jnp.ones((3, 3)))
+        )
         products = text.count("dot_general[")
         assert products == 2 - index
         assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
@@ -405,8 +409,10 @@ def test_products_are_at_the_highest_precision():
 
 def test_a_leaf_is_drawn_alike_whatever_stands_beside_it():
     key, target = jax.random.key(0), jnp.ones((2, 3, 6, 5))
-    both = adam.init_params(key, [["a", "b"]], {0: target}, {0: 2}, 3)["groups"][0]
-    alone = adam.init_params(key, [["c"], ["b"]], {0: target[:1], 1: target[1:]}, {0: 2, 1: 2}, 3)
+    both = generator.init_params(key, [["a", "b"]], {0: target}, {0: 2}, 3)["groups"][0]
+    alone = generator.init_params(
+        key, [["c"], ["b"]], {0: target[:1], 1: target[1:]}, {0: 2, 1: 2}, 3
+    )
     np.testing.assert_array_equal(both["weight"][1], alone["groups"][1]["weight"][0])
     assert not np.allclose(both["weight"][0], both["weight"][1])
     assert not np.allclose(both["weight"][0], alone["groups"][0]["weight"][0])
@@ -444,6 +450,6 @@ def test_loss_under_jit():
                 offset = factor @ group["shared"] if index == 0 else factor * group["shared"]
                 want += np.sum((offset - target[leaf, task]) ** 2)
     params = jax.tree.map(np.float32, params)
-    assert float(jax.jit(adam.loss_fn)(params, targets, np.array([2, 0]))) == pytest.approx(
+    assert float(jax.jit(generator.loss_fn)(params, targets, np.array([2, 0]))) == pytest.approx(
         want, rel=1e-5
     )

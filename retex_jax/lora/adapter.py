@@ -193,7 +193,7 @@ def _sort_leaves(
         is_named = parameter == "weight" or (parameter == "bias" and merged[leaf].ndim == 1)
         if not module or ndim == 0 or not is_named:
             left_out.append(leaf)
-        elif ndim > 1:
+        elif ndim > 1 and (merged[leaf].ndim == 1 or state.factors(leaf, task) is not None):
             lora.add(module)
         elif max(merged[other].ndim for other in modules[module].values()) == 1:
             saved.add(module)
@@ -223,14 +223,16 @@ def _is_embedding(leaf: str, layout: str, embeddings: Sequence[str]) -> bool:
 
 def _offset(state: "OffsetState", leaf: str, task: int) -> np.ndarray:
     """[a, b], or [*shape] below two axes."""
-    return np.asarray(state.offsets[leaf].offset(state.task_embeddings[task]))
+    return np.asarray(state.form(leaf).offset(state.task_embeddings[task]))
 
 
 def _factors(
     state: "OffsetState", leaf: str, shape: tuple[int, ...], task: int, is_swapped: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """lora_A and lora_B, as PEFT stores them for this kind of layer."""
-    b, a = map(np.asarray, state.offsets[leaf].factors(state.task_embeddings[task]))
+    factors = state.factors(leaf, task)
+    assert factors is not None  # leaves without are left out
+    b, a = map(np.asarray, factors)
     b, a = b[:, b.any(axis=0)], a[b.any(axis=0)]
     if is_swapped:
         a, b = b.T, a.T

@@ -80,19 +80,34 @@ def _solve_leaf(offsets: jax.Array, rank: int, max_gram: int) -> Solution:
     num_tasks, rows, columns = offsets.shape
     stack = offsets.reshape(num_tasks * rows, columns)
     with jax.default_matmul_precision("highest"):
-        if min(stack.shape) > max_gram:
-            shared, spectrum = _range_finder(stack, rank)
-            optimum = jnp.full((), jnp.nan, stack.dtype)
-        else:
-            right = columns <= num_tasks * rows
-            shared, spectrum = (_right_gram if right else _left_gram)(stack, rank)
-            # The tail of a float32 spectrum is rounding: it certifies nothing.
-            known = stack.dtype == jnp.float64
-            optimum = spectrum[rank:].sum() if known else jnp.full((), jnp.nan, stack.dtype)
+        shared, spectrum = leading_rows(stack, rank, max_gram)
+        # A range finder has no tail, and that of a float32 spectrum is rounding: it certifies nothing.
+        known = min(stack.shape) <= max_gram and stack.dtype == jnp.float64
+        optimum = spectrum[rank:].sum() if known else jnp.full((), jnp.nan, stack.dtype)
         shared = shared.astype(jnp.float32)
         task_factors = (offsets @ shared.T).astype(jnp.float32)
         residual = jnp.sum((offsets - task_factors @ shared.astype(offsets.dtype)) ** 2)
     return Solution(task_factors, shared, residual, optimum, jnp.sum(offsets**2), spectrum)
+
+
+def leading_rows(
+    stack: jax.Array, rank: int, max_gram: int = MAX_GRAM
+) -> tuple[jax.Array, jax.Array]:
+    """The top right singular vectors of a stack, and its squared singular values.
+
+    Args:
+      stack: [n, b].
+      rank: r, from 1 to min(n, b).
+      max_gram: the largest side of a Gram matrix; the range finder is used above it.
+
+    Returns:
+      [r, b], orthonormal rows; and [min(n, b)], descending, or the first r by the range finder.
+    """
+    with jax.default_matmul_precision("highest"):
+        if min(stack.shape) > max_gram:
+            return _range_finder(stack, rank)
+        is_tall = stack.shape[1] <= stack.shape[0]
+        return (_right_gram if is_tall else _left_gram)(stack, rank)
 
 
 def _right_gram(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +185,7 @@ def fit(
             report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
-    keys = {name: (plan.solved_shape, plan.rank) for name, plan in shared.items()}
+    keys = {name: (plan.solved_shape, plan.rank, plan.orientation) for name, plan in shared.items()}
     stack_bytes = 4 * experts.num_tasks
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
     done = 0
@@ -179,17 +194,20 @@ def fit(
         if group[0] in shared:
             weighted = stack * weights[:, None, None]
             solution = solve_group(weighted, plans[group[0]].rank, precision=precision)
-            factors = (solution.task_factors / weights[:, None, None], solution.shared_factor)
+            generators: Stored = solution.task_factors / weights[:, None, None]
+            shared_factors: Stored = solution.shared_factor
             if bits < 32:
-                *factors, residual = code_group(stack, solution.shared_factor, weights, bits)
+                coded = code_group(stack, solution.shared_factor, weights, bits)
+                generators, shared_factors, residual = coded
                 solution = solution._replace(residual=residual)
+            products = Product(generators, shared_factors, plans[group[0]].orientation)
             for index, name in enumerate(group):
-                leaf = jax.tree.map(lambda stacked, index=index: stacked[index], factors)
-                offsets[name] = Product(*leaf, plans[name].orientation)
+                offsets[name] = jax.tree.map(lambda stacked, index=index: stacked[index], products)
             add_to_report(report, group, solution)
         else:
             (name,) = group
-            solved = solve_separate(stack[0], separate[name].task_ranks, np.asarray(weights), bits)
+            ranks = separate[name].task_ranks or ()
+            solved = solve_separate(stack[0], ranks, np.asarray(weights), bits)
             offsets[name] = solved.form
             report.residuals[name], report.optima[name] = solved.residual, solved.optimum
             report.energies[name] = solved.energy
@@ -229,7 +247,7 @@ def code_group(
 
     def code_leaf(stack: jax.Array, shared: jax.Array) -> tuple[Stored, Stored, jax.Array]:
         coded = code(shared, bits, axis=-1)
-        basis = dense(coded)
+        basis = jnp.asarray(dense(coded))
         generator = code_factors(stack, basis, bits)
         error = task_weights[:, None, None] * (stack - dense(generator) @ basis)
         return generator, coded, jnp.sum(error**2)
@@ -266,7 +284,7 @@ def elementwise(vectors: jax.Array, bits: int = 32) -> Elementwise:
 
 def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
     """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
-    return experts.stacked(name) - jnp.asarray(base[name], dtype=jnp.float32)
+    return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
 
 
 def difference_matrices(

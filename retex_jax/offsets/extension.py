@@ -10,6 +10,7 @@ costs their presence, and is the better the more tasks were added.
 from collections.abc import Mapping
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,9 +19,9 @@ from retex_jax.offsets import budget as budgets
 from retex_jax.offsets import separate
 from retex_jax.offsets.coding import Stored, coded_bytes, dense, take
 from retex_jax.offsets.exact import code_factors, elementwise
-from retex_jax.offsets.forms import Elementwise, Extended, Form, Product, Separate
+from retex_jax.offsets.forms import Elementwise, Extended, Form, OwnForm, Product, Separate, Tied
 from retex_jax.offsets.state import LeafPlan, OffsetState, plan_leaves
-from retex_jax.typing import Array, Params
+from retex_jax.typing import Params
 
 
 def add_task(
@@ -51,18 +52,22 @@ def add_task(
         task factors of the projection.
     """
     _check(state, expert)
+    bases = _bases(state)
     merged, flat = tree.flatten(state.merged), tree.flatten(expert)
     names = [name for name, leaf in merged.items() if tree.is_float(leaf.dtype)]
     plans = plan_leaves(
-        {name: merged[name] for name in names}, state.layout, rank=1, rank_rule="clip"
+        {name: jax.ShapeDtypeStruct(merged[name].shape, merged[name].dtype) for name in names},
+        state.layout,
+        rank=1,
+        rank_rule="clip",
     )
     total = budget * tree.param_bytes(state.merged) if budget < 1 else budget
     total -= sum(
         coded_bytes(merged[name].size, 1, vector_bits) for name in names if name not in plans
     )
     projections: dict[str, Stored] = {}
-    remaining: dict[str, Array] = {}
-    added: dict[str, Form | None] = {}
+    remaining: dict[str, jax.Array] = {}
+    added: dict[str, OwnForm | None] = {}
     for name in names:
         difference = jnp.asarray(flat[name], jnp.float32) - jnp.asarray(merged[name], jnp.float32)
         if name not in plans:
@@ -70,10 +75,10 @@ def add_task(
             continue
         matrix = jnp.asarray(tree.to_matrix(difference, plans[name].view))
         remaining[name] = matrix[None]
-        root = _root(state.offsets.get(name))
+        root = _root(bases.get(name))
         if project and isinstance(root, Product):
             oriented = matrix if root.orientation == "right" else matrix.T
-            factors = code_factors(oriented[None], dense(root.shared), bits)
+            factors = code_factors(oriented[None], jnp.asarray(dense(root.shared)), bits)
             projections[name] = factors
             total -= tree.param_bytes(factors)
             product = Product(factors, root.shared, root.orientation)
@@ -87,10 +92,10 @@ def add_task(
     for name, matrix in remaining.items():
         own = separate.solve(matrix, ranks[name], np.ones(1), bits).form
         added[name] = own if sum(ranks[name]) else None
-    offsets = {
-        name: Extended(state.offsets.get(name), projections.get(name), added[name])
+    offsets: dict[str, Form] = {
+        name: Extended(bases.get(name), projections.get(name), added[name])
         for name in names
-        if name in state.offsets or added[name] is not None
+        if name in bases or added[name] is not None
     }
     embeddings = jnp.eye(state.num_tasks + 1, dtype=jnp.float32)
     return replace(state, task_embeddings=embeddings, offsets=offsets)
@@ -115,7 +120,7 @@ def remove_task(state: OffsetState, task: int) -> OffsetState:
         raise ValueError(
             f"task: got {task}, expected 0 to {state.num_tasks - 1}, and one task must stay"
         )
-    kept = {name: _without(form, task, state.num_tasks) for name, form in state.offsets.items()}
+    kept = {name: _without(form, task, state.num_tasks) for name, form in _bases(state).items()}
     return replace(
         state,
         task_embeddings=jnp.eye(state.num_tasks - 1, dtype=jnp.float32),
@@ -123,7 +128,7 @@ def remove_task(state: OffsetState, task: int) -> OffsetState:
     )
 
 
-def _without(form: Form | None, task: int, num_tasks: int) -> Form | None:
+def _without(form: OwnForm | None, task: int, num_tasks: int) -> OwnForm | None:
     others = np.delete(np.arange(num_tasks), task)
     if isinstance(form, Extended):
         if task == num_tasks - 1:
@@ -143,14 +148,30 @@ def _without(form: Form | None, task: int, num_tasks: int) -> Form | None:
     raise ValueError(f"state: offsets of the form {type(form).__name__} are of all tasks together")
 
 
-def _root(form: Form | None) -> Form | None:
+def _bases(state: OffsetState) -> dict[str, OwnForm]:
+    """The leaves' own forms.
+
+    Raises:
+      ValueError: if leaves share one.
+    """
+    bases: dict[str, OwnForm] = {}
+    for name, form in state.offsets.items():
+        if isinstance(form, Tied):
+            raise ValueError(
+                f"state: {name} shares the offset of {form.owner}: tasks can't be changed"
+            )
+        bases[name] = form
+    return bases
+
+
+def _root(form: OwnForm | None) -> OwnForm | None:
     while isinstance(form, Extended):
         form = form.base
     return form
 
 
 def _ranks(
-    plans: Mapping[str, LeafPlan], remaining: Mapping[str, Array], budget: float, bits: int
+    plans: Mapping[str, LeafPlan], remaining: Mapping[str, jax.Array], budget: float, bits: int
 ) -> dict[str, tuple[int, ...]]:
     weight = np.ones(1)
     measured = {

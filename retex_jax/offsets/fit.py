@@ -11,14 +11,22 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS
-from retex_jax.offsets import adam, exact
+from retex_jax.offsets import adam, affine, alternating, exact, factorized, shape_shared, tucker
 from retex_jax.offsets import budget as budgets
 from retex_jax.offsets.coding import coded_bytes
 from retex_jax.offsets.forms import Orientation
+from retex_jax.offsets.generator import LearnedForm
 from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
 from retex_jax.typing import Params
 
 _RANK = 64
+
+_EXACT = {
+    "product": exact.fit,
+    "factorized": factorized.fit,
+    "shape_shared": shape_shared.fit,
+    "affine": affine.fit,
+}
 
 
 def fit(
@@ -28,6 +36,9 @@ def fit(
     rank: int | None = None,
     rank_rule: RankRule = "paper",
     orientation: Orientation | Literal["auto"] = "right",
+    form: LearnedForm = "product",
+    task_rank: int | None = None,
+    d_emb: int | None = None,
     budget: float | None = None,
     sharing: budgets.Sharing = "shared",
     task_weights: Literal["equal", "energy"] | Sequence[float] = "equal",
@@ -38,8 +49,9 @@ def fit(
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
 
-    Needs no data. Leaves below two axes are recovered exactly (by "adam": as far as it gets; in few bits:
-    as well as these hold them). Size is given by `rank`, as in the paper, or by `budget`.
+    Needs no data. Leaves below two axes are recovered exactly (by "adam": as far as it gets; in few bits, with
+    form "shape_shared" or a small `d_emb`: as well as these can). Size is given by `rank`, as in the paper, or
+    by `budget`.
 
     Args:
       experts: the experts.
@@ -49,26 +61,47 @@ def fit(
         which recovers leaves of b <= a exactly.
       orientation: where the shared factor stands: "right" (ReTeX), "left" (ReTeX-Alt), or "auto": on the
         longer side of each leaf.
+      form: of matrix leaves: "product" (ReTeX), "factorized" (ReTeX-E), "shape_shared" (ReTeX-S; of all leaves),
+        or "affine" (Eq. 13, which stores theta_0 as well). All but "product" take no budget and no
+        task_weights.
+      task_rank: r_g of "factorized", 1 to rank - 1.
+      d_emb: size of the task embeddings; T when not given. By "exact" with form "product" only: below T - 1
+        embeddings are shared by all leaves (see `retex_jax.offsets.tucker`), and bytes grow with d_emb
+        instead of T; from T - 1 on it is the closed form.
       budget: what the offsets may take a task: a fraction of the merged model's bytes below 1, or a number
         of bytes. Ranks are then chosen leaf by leaf (see `retex_jax.offsets.budget`). By "exact" only.
       sharing: with a budget, whether tasks share a factor: "shared" (ReTeX), "separate", or "auto",
         whichever leaves less error.
       task_weights: of the tasks' errors: "equal"; "energy": each task's error relative to its own offset, so
         that tasks of small offsets do not starve; or T positive numbers. By "exact" only.
-      solver: "exact" (closed form) or "adam" (the paper's loop).
+      solver: "exact" (the closed form or, for "factorized", "affine" and a small d_emb, alternating exact
+        steps that never raise the error) or "adam" (the paper's loop).
       base: name of a merger, or a merged model (nested dict like the pretrained one).
       base_options: keywords of that merger.
-      **solver_options: keywords of `offsets.exact.fit` (such as `bits`) or `offsets.adam.fit`.
+      **solver_options: keywords of `offsets.exact.fit` (such as `bits`), of the form's own module
+        (`factorized`, `shape_shared`, `affine`, `tucker`; such as `sweeps`), or of `offsets.adam.fit` (such as
+        `objective`).
 
     Returns:
       The state; `state.report` has residual, optimum and ratio.
 
     Raises:
       ValueError: if `rank` is not from 1 to the largest min(a, b) of any leaf, the budget is too small for
-        the leaves below two axes, an option is unknown or out of range, or `base` does not fit the experts.
+        the leaves below two axes, an option is unknown, out of range or without meaning beside the others
+        (all such are listed), or `base` does not fit the experts.
     """
-    _check(experts, rank, budget, sharing, task_weights, solver)
-    _check_options(solver_options, exact.fit if solver == "exact" else adam.fit)
+    problems = _problems(experts, rank, budget, sharing, task_weights, solver)
+    problems += _form_problems(form, task_rank, d_emb, rank or _RANK, budget, task_weights, solver)
+    if problems:
+        raise ValueError("\n".join(problems))
+    is_tucker = solver == "exact" and d_emb is not None
+    function = adam.fit if solver == "adam" else tucker.fit if is_tucker else _EXACT[form]
+    _check_options(solver_options, function)
+    if "sweeps" in inspect.signature(function).parameters:
+        alternating.check_settings(
+            solver_options.get("sweeps", alternating.SWEEPS),
+            solver_options.get("tolerance", alternating.TOLERANCE),
+        )
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(
         experts.leaves,
@@ -79,16 +112,23 @@ def fit(
     )
     merged = _merge(experts, key, base, base_options or {})
     if solver == "adam":
-        return adam.fit(experts, merged, plans, key=key, **solver_options)
+        sizes = {"form": form, "task_rank": task_rank, "d_emb": d_emb}
+        return adam.fit(experts, merged, plans, key=key, **sizes, **solver_options)
+    if d_emb is not None:
+        return tucker.fit(experts, merged, plans, d_emb=d_emb, **solver_options)
+    if task_rank is not None:
+        return factorized.fit(experts, merged, plans, task_rank=task_rank, **solver_options)
+    if form != "product":
+        return _EXACT[form](experts, merged, plans, **solver_options)
     weights = _weights(experts, merged, task_weights)
     if budget is not None:
         plans = _spend(experts, merged, plans, weights, budget, sharing, solver_options)
     return exact.fit(experts, merged, plans, task_weights=weights, **solver_options)
 
 
-def _check(
+def _problems(
     experts: ExpertSet, rank: Any, budget: Any, sharing: str, task_weights: Any, solver: str
-) -> None:
+) -> list[str]:
     problems = []
     if solver not in ("exact", "adam"):
         problems.append(f"solver: got {solver!r}, expected 'exact' or 'adam'")
@@ -113,10 +153,47 @@ def _check(
         problems.append(
             f"task_weights: got {task_weights!r}, expected {experts.num_tasks} positive numbers"
         )
-    if solver == "adam" and (budget is not None or task_weights != "equal"):
+    if solver == "adam" and (budget is not None or _weighted(task_weights)):
         problems.append("solver: 'adam' takes no budget and no task_weights")
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
+
+
+def _form_problems(
+    form: str, task_rank: Any, d_emb: Any, rank: Any, budget: Any, task_weights: Any, solver: str
+) -> list[str]:
+    problems = []
+    if form not in get_args(LearnedForm):
+        problems.append(f"form: got {form!r}, expected one of {get_args(LearnedForm)}")
+    elif form != "product":
+        if budget is not None:
+            problems.append(f"budget: got {budget!r} with form = {form!r}, expected 'product'")
+        if _weighted(task_weights):
+            problems.append(
+                f"task_weights: got {task_weights!r} with form = {form!r}, expected 'equal'"
+            )
+    if form != "factorized" and task_rank is not None:
+        problems.append(f"task_rank: got {task_rank!r} with form = {form!r}, expected 'factorized'")
+    elif form == "factorized" and not (_is_count(task_rank) and task_rank < rank):
+        problems.append(f"task_rank: got {task_rank!r}, expected an integer from 1 to {rank - 1}")
+    if d_emb is None or solver == "adam":
+        return problems
+    if not _is_count(d_emb):
+        problems.append(f"d_emb: got {d_emb!r}, expected an integer of 1 or more")
+    if form != "product" or budget is not None or _weighted(task_weights):
+        problems.append(
+            f"d_emb: got {d_emb!r}, which solver 'exact' takes with form 'product', without a budget and "
+            "task_weights"
+        )
+    return problems
+
+
+def _weighted(task_weights: Any) -> bool:
+    return not isinstance(task_weights, str) or task_weights != "equal"
+
+
+def _is_count(value: Any) -> bool:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_integer and int(value) >= 1
 
 
 def _weights(
@@ -163,7 +240,9 @@ def _spend(
         )
     base = tree.flatten(merged)
     measured = {
-        name: budgets.spectra(exact.difference_matrices(experts, base, name, plan), weights)
+        name: budgets.spectra(
+            exact.difference_matrices(experts, base, name, plan), weights, sharing
+        )
         for name, plan in plans.items()
     }
     return budgets.allocate(plans, measured, total - fixed, bits=bits, sharing=sharing)
@@ -176,6 +255,9 @@ def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> 
         "plans",
         "key",
         "task_weights",
+        "form",
+        "task_rank",
+        "d_emb",
     }
     for name in options:
         if name not in known:

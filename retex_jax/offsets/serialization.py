@@ -7,7 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from retex_jax.offsets.coding import Coded
-from retex_jax.offsets.forms import Elementwise, Extended, Form, Product, Separate
+from retex_jax.offsets.forms import (
+    Affine,
+    Elementwise,
+    Extended,
+    Factorized,
+    Form,
+    Product,
+    Separate,
+    Tied,
+)
 from retex_jax.typing import Array
 
 _FORMS = {
@@ -15,6 +24,9 @@ _FORMS = {
     "product": Product,
     "separate": Separate,
     "extended": Extended,
+    "factorized": Factorized,
+    "affine": Affine,
+    "tied": Tied,
 }
 
 
@@ -39,7 +51,11 @@ def from_tensors(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> dict
     Raises:
       ValueError: if a form is unknown, or what it needs is missing.
     """
-    return {name: _put_together(name, known, tensors) for name, known in facts.items()}
+    offsets = {name: _put_together(name, known, tensors) for name, known in facts.items()}
+    for name, form in offsets.items():
+        if isinstance(form, Tied) and isinstance(offsets.get(form.owner, form), Tied):
+            raise ValueError(f"{name}: its owner {form.owner!r} is missing, or is tied itself")
+    return offsets
 
 
 def _take_apart(name: str, value: Any, tensors: dict[str, Array]) -> Any:
@@ -69,8 +85,8 @@ def _put_together(name: str, known: Any, tensors: Mapping[str, Array]) -> Any:
         if isinstance(known, list):
             return tuple(known)
         if "bits" in known:
-            parts = (jnp.asarray(tensors[f"{name}/{part}"]) for part in ("codes", "scales"))
-            return Coded(*parts, known["bits"], tuple(known["shape"]))
+            codes, scales = (jnp.asarray(tensors[f"{name}/{part}"]) for part in ("codes", "scales"))
+            return Coded(codes, scales, known["bits"], tuple(known["shape"]))
         if known.get("form") == "tensor":
             return jnp.asarray(tensors[name])
         if known.get("form") not in _FORMS:

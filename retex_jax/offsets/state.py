@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from retex_jax import tree
-from retex_jax.offsets.forms import Form, Orientation
+from retex_jax.offsets.forms import Form, Orientation, OwnForm, Tied, has_factors
 from retex_jax.typing import FlatParams, Layout, Params
 
 RankRule = Literal["paper", "clip"]
@@ -44,6 +44,8 @@ class FitReport:
     optima: dict[str, float]
     energies: dict[str, float]
     spectra: dict[str, np.ndarray]
+    histories: dict[str, np.ndarray] = field(default_factory=dict)
+    gammas: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def residual(self) -> float:
@@ -78,7 +80,8 @@ class OffsetState:
     Attributes:
       merged: nested dict, the pretrained model's shapes and dtypes.
       task_embeddings: e_t, [T, K], float32; the identity (K = T) in the baked form.
-      offsets: by float leaf; a leaf without one is the merged model's.
+      offsets: by float leaf; a leaf without one is the merged model's. A `Tied` one is stored once, with its
+        owner.
       report: residual, optimum and ratio of the fit.
       layout: which axis of a kernel is the output.
     """
@@ -93,6 +96,21 @@ class OffsetState:
     def num_tasks(self) -> int:
         """T."""
         return self.task_embeddings.shape[0]
+
+    def form(self, name: str) -> OwnForm:
+        """The form that makes a leaf's offset: its own, or its owner's."""
+        form = self.offsets[name]
+        if not isinstance(form, Tied):
+            return form
+        owned = self.offsets[form.owner]
+        if isinstance(owned, Tied):
+            raise ValueError(f"offsets: {name} is tied to {form.owner}, which is tied itself")
+        return owned
+
+    def factors(self, name: str, task: int) -> tuple[jax.Array, jax.Array] | None:
+        """Two factors, [a, r] and [r, b], of one task's offset of a matrix; None where it has none."""
+        form = self.form(name)
+        return form.factors(self.task_embeddings[task]) if has_factors(form) else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,8 @@ class LeafPlan:
     @property
     def solved_shape(self) -> tuple[int, int]:
         """Sides of the task factor and of the shared factor: (a, b), or (b, a) when S is on the left."""
-        return self.shape if self.orientation == "right" else self.shape[::-1]
+        rows, columns = self.shape
+        return (rows, columns) if self.orientation == "right" else (columns, rows)
 
 
 def plan_leaves(
@@ -178,7 +197,10 @@ def _orient(shape: tuple[int, int], orientation: Orientation | Literal["auto"]) 
 
 
 def offset_bytes(state: OffsetState) -> int:
-    """Bytes stored beside the merged model, for all tasks: embeddings and all factors."""
+    """Bytes stored beside the merged model, for all tasks: embeddings and all factors.
+
+    What leaves share counts once, and an affine form's theta_0 counts.
+    """
     return tree.param_bytes((state.task_embeddings, state.offsets))
 
 
@@ -194,8 +216,12 @@ def generate(state: OffsetState, embedding: jax.Array) -> FlatParams:
     """
     merged = tree.flatten(state.merged)
     result = {}
+    owned: dict[str, jax.Array] = {}
     for name, form in state.offsets.items():
-        offset = form.offset(embedding)
+        owner = form.owner if isinstance(form, Tied) else name
+        if owner not in owned:
+            owned[owner] = state.form(name).offset(embedding)
+        offset = owned[owner]
         view = tree.matrix_view(name, merged[name].shape, state.layout)
         result[name] = (
             offset if view is None else tree.from_matrix(offset, view, merged[name].shape)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from retex_jax.offsets.forms import Form, Separate
+from retex_jax.offsets.forms import OwnForm, Separate
 from retex_jax.offsets.state import OffsetState
 
 _NUMBER = re.compile(r"_\d+(?=/|$)|(?<=/)\d+(?=/)")
@@ -23,7 +23,7 @@ def by_kind(state: OffsetState) -> dict[str, dict[str, list[Any]]]:
     kinds: dict[str, dict[str, list[Any]]] = {}
     report = state.report
     for name in sorted(report.residuals, key=_layer):
-        rank = _rank(state.offsets.get(name))
+        rank = _rank(state.form(name) if name in state.offsets else None)
         if rank is None:
             continue
         energy = report.energies[name]
@@ -37,7 +37,7 @@ def _layer(name: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", name))
 
 
-def _rank(form: Form | None) -> float | None:
+def _rank(form: OwnForm | None) -> float | None:
     """None below two axes."""
     if form is None:
         return 0
