@@ -25,8 +25,9 @@ def get_config() -> ConfigDict:
     config.identifier.num_calibration = 256
     config.extra_variants = common.budgeted(0.0025, 0.005, 0.01)
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
-    config.method_options.adamerging = {"steps": 60, "batches_per_step": 1, "learning_rate": 1e-2}
-    config.method_options.wemoe = {"steps": 30}
+    config.method_options.fisher = {"variant": "batch_sum", "num_samples": None}
+    config.method_options.adamerging = {"steps": 20, "batches_per_step": 1, "learning_rate": 1e-2}
+    config.method_options.wemoe = {"steps": 10}
     config.method_options.consensus = {"mask_lambda": 0.4}  # only its scaling is searched
     config.evaluate.routed_inputs = 32
     return config

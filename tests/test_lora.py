@@ -414,7 +414,7 @@ FLAX = {
 TO_TORCH = {4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0), 1: (0,)}
 
 
-def states(fan_in_fan_out=False, extra=()):
+def states(fan_in_fan_out=False, extra=(), **options):
     """The same fit of two random experts in the flax and in the torch layout."""
     shapes = FLAX | {name: (6,) for name in extra}
     models = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(3)]
@@ -432,7 +432,7 @@ def states(fan_in_fan_out=False, extra=()):
         expert_set = rtx.ExpertSet.from_trees(
             tree.unflatten(pretrained), [tree.unflatten(x) for x in experts], layout=layout
         )
-        result.append(offsets.fit(expert_set, rank=3))
+        result.append(offsets.fit(expert_set, **({"rank": 3} | options)))
     return result
 
 
@@ -525,6 +525,36 @@ def test_norms_whose_names_end_alike():
     ]
     state = offsets.fit(rtx.ExpertSet.from_trees(models[0], models, layout="torch"), rank=2)
     with pytest.raises(ValueError, match=r"can't hold the offsets of \['norm/weight'\]"):
+        lora.adapter_from_offset(state, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orientation": "left"},
+        {"form": "factorized", "task_rank": 2},
+        {"form": "shape_shared"},
+        {"rank": None, "budget": 0.5, "sharing": "separate", "bits": 4},
+    ],
+    ids=["left", "factorized", "shape_shared", "separate"],
+)
+def test_every_form_of_low_rank_is_an_adapter(tmp_path, options):
+    _, state = states(**options)
+    adapter = lora.adapter_from_offset(state, 1)
+    assert adapter.left_out == ()
+    assert_recovers(state, rebuilt(state, adapter, tmp_path), 1)
+
+
+def test_an_added_task_is_an_adapter(tmp_path):
+    _, state = states()
+    extended = offsets.add_task(state, offsets.recover(state, 0), budget=0.9, bits=8)
+    adapter = lora.adapter_from_offset(extended, 2)
+    assert_recovers(extended, rebuilt(extended, adapter, tmp_path), 2)
+
+
+def test_the_affine_form_is_no_adapter():
+    _, state = states(form="affine")
+    with pytest.raises(ValueError, match=r"can't hold the offsets of .*fc/weight"):
         lora.adapter_from_offset(state, 0)
 
 
