@@ -10,6 +10,21 @@ def budgeted(*fractions: float) -> tuple[tuple[str, dict], ...]:
     return tuple(("retex", {"budget": fraction, **form}) for fraction in fractions)
 
 
+def pareto(config: ConfigDict) -> ConfigDict:
+    """An experiment's comparison at 0.15% to 4% of the model a task: our form, the paper's two, and DTS."""
+    config.name = f"{config.name}_pareto"
+    config.methods = "retex,dts_t"
+    config.offsets.rank = 16
+    config.offsets.extra_ranks = (1, 2, 4, 8)
+    fractions = (0.0025, 0.005, 0.01, 0.02, 0.04)
+    config.extra_variants = (
+        *budgeted(0.0015, *fractions),
+        *(("retex", {"rank": rank, "orientation": "auto"}) for rank in (1, 2, 4, 8, 16)),
+        *(("dts_t", {"amr": fraction}) for fraction in fractions),
+    )
+    return config
+
+
 def get_config() -> ConfigDict:
     """Every entry that an experiment has, with its default."""
     return ConfigDict(

@@ -13,15 +13,4 @@ from configs import common, dinov2_vision8
 
 def get_config() -> ConfigDict:
     """The experiment."""
-    config = dinov2_vision8.get_config()
-    config.name = "dinov2_vision8_pareto"
-    config.methods = "retex,dts_t"
-    config.offsets.rank = 16
-    config.offsets.extra_ranks = (1, 2, 4, 8)
-    fractions = (0.0025, 0.005, 0.01, 0.02, 0.04)
-    config.extra_variants = (
-        *common.budgeted(0.0015, *fractions),
-        *(("retex", {"rank": rank, "orientation": "auto"}) for rank in (1, 2, 4, 8, 16)),
-        *(("dts_t", {"amr": fraction}) for fraction in fractions),
-    )
-    return config
+    return common.pareto(dinov2_vision8.get_config())

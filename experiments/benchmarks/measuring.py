@@ -4,7 +4,22 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+
+
+def random_model(shapes: Mapping[str, tuple[int, ...]], task: int) -> dict[str, np.ndarray]:
+    """A random model, float32, or (task >= 0) an expert of it: the same with random deltas."""
+    base, delta = np.random.default_rng(0), np.random.default_rng(task + 2)
+    tensors = {}
+    for name, shape in shapes.items():
+        x = base.standard_normal(shape, np.float32) * np.float32(0.02)
+        if task >= 0:
+            x += delta.standard_normal(shape, np.float32) * np.float32(0.001)
+        tensors[name] = x
+    return tensors
 
 
 class AnonymousMemory(threading.Thread):

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from measuring import AnonymousMemory, anonymous_bytes, medians
+from measuring import AnonymousMemory, anonymous_bytes, medians, random_model
 
 NUM_TASKS = 8
 WIDTH, MLP, LAYERS, VOCABULARY, POSITIONS = 768, 3072, 12, 50265, 514
@@ -101,13 +101,7 @@ def make_checkpoints(folder: Path) -> None:
         if (target / "config.json").is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        base, delta = np.random.default_rng(0), np.random.default_rng(task + 2)
-        tensors = {}
-        for name, shape in shapes().items():
-            x = base.standard_normal(shape, np.float32) * np.float32(0.02)
-            if task >= 0:
-                x += delta.standard_normal(shape, np.float32) * np.float32(0.001)
-            tensors[name] = x
+        tensors = random_model(shapes(), task)
         safetensors.numpy.save_file(tensors, target / "model.safetensors", {"format": "pt"})
         (target / "config.json").write_text(json.dumps(config))
 

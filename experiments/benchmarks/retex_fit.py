@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from measuring import AnonymousMemory, medians
+from measuring import AnonymousMemory, medians, random_model
 
 NUM_TASKS, RANK = 8, 256
 WIDTH, MLP, LAYERS, PATCH, POSITIONS, PROJECTION = 768, 3072, 12, 3 * 32 * 32, 50, 512
@@ -56,13 +56,8 @@ def make_checkpoints(folder: Path) -> None:
         path = folder / ("base.safetensors" if task < 0 else f"expert_{task}.safetensors")
         if path.is_file():
             continue
-        base, delta = np.random.default_rng(0), np.random.default_rng(task + 2)
-        tensors = {}
-        for name, shape in shapes().items():
-            x = base.standard_normal(shape, np.float32) * np.float32(0.02)
-            if task >= 0:
-                x += delta.standard_normal(shape, np.float32) * np.float32(0.001)
-            tensors[name.replace("/", ".")] = x
+        drawn = random_model(shapes(), task)
+        tensors = {name.replace("/", "."): x for name, x in drawn.items()}
         safetensors.numpy.save_file(tensors, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
