@@ -74,10 +74,15 @@ def get_config() -> ConfigDict:
                 "rank": 64,
                 "extra_ranks": (),  # reported beside `rank`, by the exact solver, task known
                 "rank_rule": "paper",  # or "clip"
+                "orientation": "right",  # of the shared factor; or "left", "auto"
+                # Instead of `rank`, by the exact solver: a fraction of the model a task, or bytes; 0: `rank`.
+                "budget": 0.0,
+                "sharing": "shared",  # with a budget; or "separate", "auto"
+                "task_weights": "equal",  # by the exact solver; or "energy"
                 "solver": "exact",  # or "adam"
                 "base": "weight_average",
                 "base_options": {},
-                "exact": {"precision": "float64"},
+                "exact": {"precision": "float64", "bits": 32, "vector_bits": 32},
                 "adam": {
                     "learning_rate": 2e-4,
                     "steps": 5000,

@@ -104,6 +104,17 @@ def experts_directory(settings: Settings) -> Path:
     return Path(root) if root else data.cache_dir() / "experts" / checkpoint_set(settings)
 
 
+def offset_size(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `offsets.fit` for how large offsets are and what they are for.
+
+    Args:
+      spec: settings["offsets"].
+    """
+    size = {"budget": spec["budget"]} if spec["budget"] else {"rank": spec["rank"]}
+    names = ("rank_rule", "orientation", "sharing", "task_weights")
+    return {**size, **{name: spec[name] for name in names}}
+
+
 def finetune_settings(settings: Settings) -> dict[str, Any]:
     """The keywords of `finetune.finetune`."""
     return {**settings["finetune"], "seed": settings["seed"]}

@@ -49,6 +49,10 @@ _REQUIRED = (
     "offsets.rank",
     "offsets.extra_ranks",
     "offsets.rank_rule",
+    "offsets.orientation",
+    "offsets.budget",
+    "offsets.sharing",
+    "offsets.task_weights",
     "offsets.solver",
     "offsets.base",
     "offsets.base_options",
@@ -251,14 +255,21 @@ def _method_problems(settings: Settings, model: Any) -> list[str]:
     leaves = tree.flatten(models.expected_params(model))
     for rank in (spec["rank"], *spec["extra_ranks"]):
         try:
-            plan_leaves(leaves, "flax", rank, spec["rank_rule"])
+            plan_leaves(leaves, "flax", rank, spec["rank_rule"], spec["orientation"])
         except ValueError as error:
             problems.append(f"offsets.{error}")
     if spec["solver"] not in ("exact", "adam"):
         problems.append(f"offsets.solver: got {spec['solver']!r}, expected 'exact' or 'adam'")
+    if spec["solver"] == "adam" and (spec["budget"] or spec["task_weights"] != "equal"):
+        problems.append(
+            "offsets.solver: 'adam' takes no offsets.budget and no offsets.task_weights"
+        )
     problems += _unknown_options("offsets.exact", spec["exact"], exact.fit) or _failure(
         "offsets.exact", lambda: offsets.fit(_toy_experts(), rank=1, **spec["exact"])
     )
+    size = {"budget": spec["budget"]} if spec["budget"] else {"rank": 1}
+    size |= {name: spec[name] for name in ("sharing", "task_weights")}
+    problems += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
     problems += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
         "offsets.adam", lambda: adam.check_settings(**spec["adam"])
     )

@@ -85,7 +85,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                     evaluate.known_row(suite, method, variant, fitted, clock.seconds[phase])
                 )
 
-        variant = f"{settings['offsets']['solver']} r={settings['offsets']['rank']}"
+        spec = settings["offsets"]
+        size = f"budget={spec['budget']}" if spec["budget"] else f"r={spec['rank']}"
+        variant = f"{spec['solver']} {size}"
         with clock(phase := f"fit retex {variant}"):
             state = fit_offsets(settings, experts, key, writer, workdir)
         with clock("fit identifier"):
@@ -141,8 +143,8 @@ def comparisons(settings: experiment.Settings) -> list[tuple[str, str, dict[str,
         (name, ", ".join(f"{key}={value}" for key, value in options.items()), options)
         for name, options in settings["baselines"].items()
     ]
-    common = {"rank_rule": spec["rank_rule"], "base": spec["base"]}
-    common["base_options"] = spec["base_options"]
+    names = ("rank_rule", "orientation", "base", "base_options")
+    common = {name: spec[name] for name in names}
     ranks = [
         ("retex", f"exact r={rank}", {"rank": rank, **common, **spec["exact"]})
         for rank in spec["extra_ranks"]
@@ -162,7 +164,7 @@ def fit_offsets(
     solver, options = spec["solver"], dict(spec[spec["solver"]])
     matrices = [name for name in experts.float_leaves if len(experts.leaves[name].shape) > 1]
     steps = options["steps"] if solver == "adam" else len(matrices)
-    with logging.progress(steps, f"fit offsets, {solver}, rank {spec['rank']}") as bar:
+    with logging.progress(steps, f"fit offsets, {solver}") as bar:
         if solver == "adam":
             kept = checkpoint.Checkpointer(workdir / _UNFINISHED)
             latest = kept.latest()
@@ -180,9 +182,8 @@ def fit_offsets(
         state = offsets.fit(
             experts,
             key=key,
-            rank=spec["rank"],
-            rank_rule=spec["rank_rule"],
             solver=solver,
+            **experiment.offset_size(spec),
             base=spec["base"],
             base_options=spec["base_options"],
             **options,
@@ -220,7 +221,8 @@ def summary(
     """The certificate of the fit, for results.json."""
     return {
         "solver": settings["offsets"]["solver"],
-        "rank": settings["offsets"]["rank"],
+        "rank": None if settings["offsets"]["budget"] else settings["offsets"]["rank"],
+        "budget": settings["offsets"]["budget"] or None,
         "residual": fit_report.residual,
         "optimum": fit_report.optimum,
         "ratio": fit_report.ratio,

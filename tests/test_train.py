@@ -21,8 +21,10 @@ from retex_jax import (
     finetune,
     logging,
     metrics,
+    offsets,
     preflight,
     recovery,
+    release,
     train,
 )
 
@@ -369,6 +371,23 @@ def test_one_task(run, tmp_path):
     assert find(results["rows"], "retex", known=(False, False))["identification_accuracy"] == 1
     assert results["offsets"]["ratio"] == 1
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_a_budget_instead_of_a_rank(run, tmp_path):
+    config = tiny.get_config()
+    config.baselines = {"weight_average": {}}
+    config.offsets.extra_ranks = ()
+    config.offsets.update(budget=0.3, sharing="auto", orientation="auto", task_weights="energy")
+    config.offsets.exact.update(bits=4, vector_bits=8)
+    with tiny.world(run.cache):
+        results = train.train(config, tmp_path)
+    row = find(results["rows"], "retex", "budget=0.3")
+    assert 0.2 < row["amr"] <= 0.31
+    assert results["offsets"]["budget"] == 0.3
+    assert results["offsets"]["rank"] is None
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    loaded = release.load(tmp_path)
+    assert offsets.offset_bytes(loaded.state) == pytest.approx(row["bytes_per_task"] * 3)
 
 
 def test_task_with_too_few_inputs_to_calibrate_on_is_named(run, tmp_path):
