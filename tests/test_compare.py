@@ -49,6 +49,18 @@ def test_plan_takes_names(settings):
         variants.plan(settings)
 
 
+def test_further_variants_come_last(settings):
+    small = {"budget": 0.01, "bits": 3}
+    settings["extra_variants"] = [["retex", small], ["emr", {}], ["dts_t", {"amr": 0.5}]]
+    settings["methods"] = "retex,dts_t"
+    entries = variants.plan(settings)
+    assert [entry.name for entry in entries[-2:]] == ["retex budget=0.01, bits=3", "dts_t amr=0.5"]
+    assert [entry.name for entry in entries].count("emr") == 0
+    settings["extra_variants"] = [["rtx", small]]
+    with pytest.raises(ValueError, match=r"extra_variants: got \['rtx'\]"):
+        variants.plan(settings)
+
+
 def test_plan_lists_every_problem(settings):
     settings |= {"num_seeds": 0, "search": {"enabled": True, "num_inputs": 0}}
     settings["method_options"] = {"tie": {}}
