@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             "extra_variants": (),  # further rows: (name, options)
             "num_seeds": 3,  # of methods that are random
             # A further row with the options that are best on the first validation inputs of each task.
-            "search": {"enabled": True, "num_inputs": 64},
+            "search": {"enabled": True, "num_inputs": 256},
             # Mergers to compare with, and their options; see retex_jax.mergers.MERGERS.
             "baselines": {
                 "weight_average": {},

@@ -38,5 +38,6 @@ def get_config() -> ConfigDict:
     config.method_options.wemoe = {"steps": 10}
     config.method_options.dare = {"drop": 0.5}  # not searched
     config.method_options.consensus = {"mask_lambda": 0.4}  # only its scaling is searched
+    config.search.num_inputs = 64
     config.evaluate.routed_inputs = 16
     return config

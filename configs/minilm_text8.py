@@ -29,5 +29,6 @@ def get_config() -> ConfigDict:
     config.method_options.adamerging = {"steps": 20, "batches_per_step": 1, "learning_rate": 1e-2}
     config.method_options.wemoe = {"steps": 10}
     config.method_options.consensus = {"mask_lambda": 0.4}  # only its scaling is searched
+    config.search.num_inputs = 64
     config.evaluate.routed_inputs = 32
     return config
