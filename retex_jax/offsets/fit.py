@@ -231,7 +231,12 @@ def _spend(
     bits, vector_bits = options.get("bits", 32), options.get("vector_bits", 32)
     model_bytes, num_tasks = tree.param_bytes(merged), experts.num_tasks
     vectors = [experts.leaves[name].shape for name in experts.float_leaves if name not in plans]
-    fixed = num_tasks * sum(coded_bytes(prod(shape), 1, vector_bits) for shape in vectors)
+    # What does not depend on ranks: embeddings, offsets and shared scalars of vectors, the last byte of codes.
+    fixed = 4 * num_tasks**2 + 4 * len(vectors) + 2 * len(plans)
+    fixed += sum(
+        coded_bytes(num_tasks * prod(shape), num_tasks, vector_bits if shape else 32)
+        for shape in vectors
+    )
     total = num_tasks * (budget * model_bytes if budget < 1 else budget)
     if total <= fixed:
         raise ValueError(
