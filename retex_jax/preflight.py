@@ -267,7 +267,9 @@ def _method_problems(settings: Settings, model: Any) -> list[str]:
     problems += _unknown_options("offsets.exact", spec["exact"], exact.fit) or _failure(
         "offsets.exact", lambda: offsets.fit(_toy_experts(), rank=1, **spec["exact"])
     )
-    size = {"budget": spec["budget"]} if spec["budget"] else {"rank": 1}
+    # The toy experts are smaller than any fraction of them: what is positive counts as bytes enough.
+    budget = 1e6 if 0 < spec["budget"] < float("inf") else spec["budget"]
+    size = {"budget": budget} if budget else {"rank": 1}
     size |= {name: spec[name] for name in ("sharing", "task_weights")}
     problems += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
     problems += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
