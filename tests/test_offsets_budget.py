@@ -233,13 +233,24 @@ def test_energy_weights_help_the_small_task():
         ]
 
     assert relative_errors("energy")[2] < 0.5 * relative_errors("equal")[2]
-    np.testing.assert_allclose(relative_errors("equal"), relative_errors([2, 2, 2]), rtol=1e-3)
+    equal = relative_errors("equal")
+    np.testing.assert_allclose(equal, relative_errors([2, 2, 2]), rtol=1e-3)
+    np.testing.assert_allclose(equal, relative_errors(np.full(3, 0.1)), rtol=1e-3)
+
+
+def test_unknown_bits_are_told_before_any_leaf_is_read(monkeypatch):
+    made = expert_set(*MODELS[0])
+    monkeypatch.setattr(type(made), "stacked", lambda *_: pytest.fail("a leaf was read"))
+    with pytest.raises(ValueError, match="bits: got 5"):
+        RETEX.fit(made, budget=0.5, bits=5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": 0.5, "rank": 3}, "rank: got 3 beside budget = 0.5"),
+        ({"rank": 0}, "rank: got 0, expected an integer from 1"),
+        ({"rank": 0, "form": "affine"}, "rank: got 0, expected an integer from 1"),
         ({"budget": -1}, "budget: got -1"),
         ({"sharing": "separate"}, "sharing: got 'separate' without a budget"),
         ({"budget": 0.5, "sharing": "none"}, "sharing: got 'none', expected one of"),

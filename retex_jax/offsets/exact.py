@@ -133,6 +133,18 @@ def _range_finder(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return shared, jnp.maximum(eigenvalues[::-1][:rank], 0)
 
 
+def check_settings(*, precision: str = "float64", bits: int = 32, vector_bits: int = 32) -> None:
+    """Checks the settings of `fit` without its data.
+
+    Raises:
+      ValueError: for one that is unknown.
+    """
+    if precision not in ("float64", "float32"):
+        raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
+    check_bits("bits", bits)
+    check_bits("vector_bits", vector_bits)
+
+
 def fit(
     experts: ExpertSet,
     merged: Params,
@@ -166,10 +178,7 @@ def fit(
     Raises:
       ValueError: if `precision` or a number of bits is unknown.
     """
-    if precision not in ("float64", "float32"):
-        raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
-    check_bits("bits", bits)
-    check_bits("vector_bits", vector_bits)
+    check_settings(precision=precision, bits=bits, vector_bits=vector_bits)
     base = tree.flatten(merged)
     weights = np.ones(experts.num_tasks) if task_weights is None else np.asarray(task_weights)
     weights = jnp.asarray(weights, jnp.float32)

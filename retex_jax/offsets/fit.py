@@ -91,25 +91,25 @@ def fit(
         (all such are listed), or `base` does not fit the experts.
     """
     problems = _problems(experts, rank, budget, sharing, task_weights, solver)
-    problems += _form_problems(form, task_rank, d_emb, rank or _RANK, budget, task_weights, solver)
+    if rank is None:
+        rank = _RANK if budget is None else 1
+    problems += _form_problems(form, task_rank, d_emb, rank, budget, task_weights, solver)
     if problems:
         raise ValueError("\n".join(problems))
     is_tucker = solver == "exact" and d_emb is not None
     function = adam.fit if solver == "adam" else tucker.fit if is_tucker else _EXACT[form]
     _check_options(solver_options, function)
+    if function is exact.fit:
+        settings = ("precision", "bits", "vector_bits")
+        given = {name: solver_options[name] for name in settings if name in solver_options}
+        exact.check_settings(**given)
     if "sweeps" in inspect.signature(function).parameters:
         alternating.check_settings(
             solver_options.get("sweeps", alternating.SWEEPS),
             solver_options.get("tolerance", alternating.TOLERANCE),
         )
     key = jax.random.key(0) if key is None else key
-    plans = plan_leaves(
-        experts.leaves,
-        experts.layout,
-        rank or _RANK if budget is None else 1,
-        rank_rule,
-        orientation,
-    )
+    plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule, orientation)
     merged = _merge(experts, key, base, base_options or {})
     if solver == "adam":
         sizes = {"form": form, "task_rank": task_rank, "d_emb": d_emb}
@@ -200,13 +200,11 @@ def _weights(
     experts: ExpertSet, merged: Params, given: Literal["equal", "energy"] | Sequence[float]
 ) -> np.ndarray:
     """[T], float64, of mean square 1."""
-    if given == "equal":
-        return np.ones(experts.num_tasks)
-    weights = (
-        np.asarray(given, np.float64)
-        if not isinstance(given, str)
-        else _inverse_norms(experts, merged)
-    )
+    if isinstance(given, str):
+        ones = np.ones(experts.num_tasks)
+        weights = ones if given == "equal" else _inverse_norms(experts, merged)
+    else:
+        weights = np.asarray(given, np.float64)
     return weights / np.sqrt(np.mean(weights**2))
 
 
