@@ -32,7 +32,6 @@ from retex_jax import (
     evaluate,
     experiment,
     logging,
-    offsets,
     preflight,
     pretrained,
     report,
@@ -162,7 +161,7 @@ def fit_row(
                 count = bench.settings["evaluate"]["routed_inputs"]
                 inputs = bench.calibrations["test"]
                 rows.append(evaluate.routed_row(*names, state, inputs, count, seconds))
-        leaves = offsets.by_kind(state) if isinstance(state, offsets.OffsetState) else None
+        leaves = method.leaves(state) if method.leaves else None
         del state  # some hold all experts
         update(entry.num_candidates + done, seed=f"{done}/{len(numbers)}")
     row = evaluate.over_seeds(rows, numbers, bench.suite.individual)

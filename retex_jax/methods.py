@@ -69,6 +69,7 @@ class Method:
         paper has none.
       predict: (state, model, batch) -> features [B, d], float32, for methods that mix by input; `model` has
         the functions of a `Calibration`. None for others.
+      leaves: state -> ranks and residuals by kind of leaf and layer, for pictures; None where there are none.
       random: options -> whether `fit` uses its key with them, so that another key gives another state.
     """
 
@@ -79,6 +80,7 @@ class Method:
     mix: Callable[..., Params] | None = None
     paper_amr: Callable[[Any], float] | None = None
     predict: Callable[..., Any] | None = None
+    leaves: Callable[[Any], Any] | None = None
     random: Random = _never
 
 
@@ -129,6 +131,7 @@ METHODS: dict[str, Method] = {
         needs="none",
         extra_bytes=offsets.offset_bytes,
         mix=offsets.mix,
+        leaves=offsets.by_kind,
         random=lambda options: options.get("solver") == "adam" or _by_base(options),
     ),
 }

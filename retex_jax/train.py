@@ -9,7 +9,6 @@ and exits with 1 if something is missing.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -261,8 +260,11 @@ def grouped_spectra(fit_report: offsets.FitReport) -> dict[str, np.ndarray]:
     """Singular values of the stacked offsets by kind of leaf, squares summed over the blocks."""
     kinds: dict[str, np.ndarray] = {}
     for name, squared in fit_report.spectra.items():
-        kind = re.sub(r"_\d+(?=/|$)", "", name)
-        kinds[kind] = kinds.get(kind, 0) + np.asarray(squared)
+        # Of a leaf that is too large only the stored directions are known.
+        known = np.asarray(squared)
+        sums = kinds.setdefault(offsets.kind_of(name), np.zeros(len(known)))
+        size = min(len(sums), len(known))
+        kinds[offsets.kind_of(name)] = sums[:size] + known[:size]
     return {kind: np.sqrt(squared) for kind, squared in kinds.items() if squared.sum() > 0}
 
 

@@ -50,6 +50,18 @@ def test_spectra_are_the_squared_singular_values(shape):
         np.testing.assert_allclose(found.separate[task], own, rtol=1e-4, atol=1e-9)
 
 
+def test_a_leaf_that_is_too_large_is_measured_by_the_range_finder(monkeypatch):
+    stack = low_rank((31, 37), 3)
+    whole = budget.spectra(stack, np.ones(3)).shared
+    budget._stack_spectrum.clear_cache()
+    monkeypatch.setattr(exact, "MAX_GRAM", 16)
+    monkeypatch.setattr(budget, "_MOST_SHARED", 9)
+    found = budget.spectra(stack, np.ones(3)).shared
+    budget._stack_spectrum.clear_cache()
+    assert found.shape == (9,)
+    np.testing.assert_allclose(found, whole[:9], rtol=1e-3)
+
+
 @pytest.mark.parametrize("sharing", ["shared", "separate"])
 def test_ranks_are_the_best_of_all(sharing):
     # Two leaves of different sides, every choice of ranks tried.

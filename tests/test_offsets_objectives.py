@@ -306,7 +306,7 @@ def test_memory_of_both_forms():
     assert memory.form_bytes(fewer, 4, 9) == found
     models = memory.normalized_memory(offsets, 1000, 4, 9)
     assert models == (1 + found.generator / 1000, 1 + found.baked / 1000)
-    with pytest.raises(ValueError, match="f: got products that are each one task's"):
+    with pytest.raises(ValueError, match="f: got Separate, products of single tasks"):
         memory.form_bytes({"f": Separate(draw(2, 3), draw(2, 4), (1, 1))}, 2, 1)
 
 

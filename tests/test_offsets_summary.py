@@ -45,6 +45,12 @@ def test_separate_and_absent_offsets():
     assert len(set(ranks)) > 1
 
 
+def test_an_added_task_leaves_the_ranks_of_the_others():
+    state = RETEX.fit(layers(), rank=3)
+    extended = offsets.add_task(state, RETEX.recover(state, 0), budget=0.9, bits=8)
+    assert offsets.by_kind(extended) == offsets.by_kind(state)
+
+
 def test_no_energy_is_no_number():
     pretrained = {"a": np.ones((3, 3), "f4")}
     state = RETEX.fit(expert_set(pretrained, [pretrained, pretrained]), rank=1)

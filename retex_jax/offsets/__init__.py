@@ -2,8 +2,9 @@
 
 from retex_jax.offsets.extension import add_task, remove_task
 from retex_jax.offsets.fit import fit
+from retex_jax.offsets.memory import normalized_memory
 from retex_jax.offsets.state import FitReport, OffsetState, mix, offset_bytes, recover
-from retex_jax.offsets.summary import by_kind
+from retex_jax.offsets.summary import by_kind, kind_of
 
 __all__ = [
     "FitReport",
@@ -11,7 +12,9 @@ __all__ = [
     "add_task",
     "by_kind",
     "fit",
+    "kind_of",
     "mix",
+    "normalized_memory",
     "offset_bytes",
     "recover",
     "remove_task",

@@ -177,7 +177,7 @@ def fit(
     base = tree.flatten(merged)
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
-    alternating.add_vectors(experts, base, plans, offsets, report)
+    exact.add_vectors(experts, base, plans, offsets, report)
     for done, (name, plan) in enumerate(plans.items(), start=1):
         stack = exact.difference_matrices(experts, base, name, plan)
         stored, seen = directions(experts, base, name, plan)
@@ -194,10 +194,4 @@ def fit(
         report.histories[name], report.gammas[name] = solution.history, solution.gammas
         if progress:
             progress(done, len(plans))
-    return OffsetState(
-        merged=merged,
-        task_embeddings=jnp.eye(experts.num_tasks, dtype=jnp.float32),
-        offsets=dict(sorted(offsets.items())),
-        report=report,
-        layout=experts.layout,
-    )
+    return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retex_jax.offsets import separate
+from retex_jax.offsets import exact, separate
 from retex_jax.offsets.coding import SCALE_BYTES, check_bits
 from retex_jax.offsets.state import LeafPlan
 
@@ -27,6 +27,9 @@ Sharing = Literal["shared", "separate", "auto"]
 KEPT = {1: 0.6366, 2: 0.8825, 3: 0.96546, 4: 0.990503, 8: 0.9999, 16: 1.0, 32: 1.0}
 
 _BISECTIONS = 60
+
+# The highest rank of a shared factor where a leaf is too large for its whole spectrum.
+_MOST_SHARED = 512
 
 
 class Spectra(NamedTuple):
@@ -53,6 +56,8 @@ class _Choice(NamedTuple):
 @jax.jit
 def _stack_spectrum(offsets: jax.Array) -> jax.Array:
     stack = offsets.reshape(-1, offsets.shape[-1])
+    if min(stack.shape) > exact.MAX_GRAM:
+        return exact.leading_rows(stack, min(_MOST_SHARED, *offsets.shape[1:]), exact.MAX_GRAM)[1]
     tall = stack if stack.shape[0] >= stack.shape[1] else stack.T
     gram = jnp.matmul(tall.T, tall, precision="highest")
     return jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0)

@@ -184,14 +184,7 @@ def fit(
     weights = jnp.asarray(weights, jnp.float32)
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
-    for name in experts.float_leaves:
-        if name not in plans:
-            vectors = difference_vectors(experts, base, name)
-            offsets[name] = form = elementwise(vectors, vector_bits)
-            scales = weights.reshape(-1, *[1] * (vectors.ndim - 1))
-            report.energies[name] = float(jnp.sum((scales * vectors) ** 2))
-            error = scales * (dense(form.generator) - vectors)
-            report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
+    add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
     keys = {name: (plan.solved_shape, plan.rank, plan.orientation) for name, plan in shared.items()}
@@ -226,13 +219,7 @@ def fit(
     offsets = {
         name: form for name, form in offsets.items() if name not in plans or plans[name].rank
     }
-    return OffsetState(
-        merged=merged,
-        task_embeddings=jnp.eye(experts.num_tasks, dtype=jnp.float32),
-        offsets=dict(sorted(offsets.items())),
-        report=report,
-        layout=experts.layout,
-    )
+    return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)
 
 
 @jax.jit(static_argnames="bits")
@@ -289,6 +276,27 @@ def elementwise(vectors: jax.Array, bits: int = 32) -> Elementwise:
     """The offset of a leaf below two axes: [T, *shape], float32, one scale a task where it is coded."""
     axes = tuple(range(1, vectors.ndim))
     return Elementwise(code(vectors, bits, axes) if axes else vectors, jnp.ones((), jnp.float32))
+
+
+def add_vectors(
+    experts: ExpertSet,
+    base: FlatParams,
+    plans: Mapping[str, LeafPlan],
+    offsets: dict[str, Form],
+    report: FitReport,
+    task_weights: jax.Array | None = None,
+    bits: int = 32,
+) -> None:
+    """Enters the leaves below two axes, each task's own offset, into `offsets` and `report`."""
+    weights = jnp.ones(experts.num_tasks) if task_weights is None else task_weights
+    for name in experts.float_leaves:
+        if name not in plans:
+            vectors = difference_vectors(experts, base, name)
+            offsets[name] = form = elementwise(vectors, bits)
+            scales = weights.reshape(-1, *[1] * (vectors.ndim - 1))
+            error = scales * (dense(form.generator) - vectors)
+            report.energies[name] = float(jnp.sum((scales * vectors) ** 2))
+            report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
 
 
 def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:

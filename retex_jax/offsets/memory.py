@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from retex_jax import tree
-from retex_jax.offsets.forms import Form, Separate
+from retex_jax.offsets.forms import Extended, Form, Separate
 
 # What a form has once for each entry of an embedding; the rest all tasks share.
 _GENERATED = ("generator", "left", "right", "scales")
@@ -40,12 +40,14 @@ def form_bytes(offsets: Mapping[str, Form], num_tasks: int, d_emb: int) -> Memor
       Bytes. What leaves share counts once, and an affine form's theta_0 counts in both forms.
 
     Raises:
-      ValueError: if a leaf's products are each one task's: no generator makes these.
+      ValueError: if a leaf holds products that are each one task's, or a task that was added: no generator
+        makes these.
     """
     generated = shared = 0.0
     for name, form in offsets.items():
-        if isinstance(form, Separate):
-            raise ValueError(f"{name}: got products that are each one task's, expected a generator")
+        if isinstance(form, Separate | Extended):
+            kind = type(form).__name__
+            raise ValueError(f"{name}: got {kind}, products of single tasks, expected a generator")
         for part in fields(form):
             if part.metadata.get("static"):
                 continue

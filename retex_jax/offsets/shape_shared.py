@@ -124,10 +124,4 @@ def fit(
         add_to_report(report, experts, base, group, plans, mean, product, least)
         if progress:
             progress(done, len(groups))
-    return OffsetState(
-        merged=merged,
-        task_embeddings=jnp.eye(experts.num_tasks, dtype=jnp.float32),
-        offsets=dict(sorted(offsets.items())),
-        report=report,
-        layout=experts.layout,
-    )
+    return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)

@@ -92,6 +92,19 @@ class OffsetState:
     report: FitReport
     layout: Layout = field(metadata={"static": True})
 
+    @classmethod
+    def baked(
+        cls,
+        merged: Params,
+        offsets: Mapping[str, Form],
+        report: FitReport,
+        num_tasks: int,
+        layout: Layout,
+    ) -> "OffsetState":
+        """A state of one-hot embeddings: its generators are the stacks of the tasks' own factors."""
+        embeddings = jnp.eye(num_tasks, dtype=jnp.float32)
+        return cls(merged, embeddings, dict(sorted(offsets.items())), report, layout)
+
     @property
     def num_tasks(self) -> int:
         """T."""

@@ -3,10 +3,15 @@
 import re
 from typing import Any
 
-from retex_jax.offsets.forms import OwnForm, Separate
+from retex_jax.offsets.forms import Extended, OwnForm, Separate
 from retex_jax.offsets.state import OffsetState
 
 _NUMBER = re.compile(r"_\d+(?=/|$)|(?<=/)\d+(?=/)")
+
+
+def kind_of(name: str) -> str:
+    """A leaf's name without the number of its layer."""
+    return _NUMBER.sub("", name)
 
 
 def by_kind(state: OffsetState) -> dict[str, dict[str, list[Any]]]:
@@ -27,7 +32,7 @@ def by_kind(state: OffsetState) -> dict[str, dict[str, list[Any]]]:
         if rank is None:
             continue
         energy = report.energies[name]
-        kind = kinds.setdefault(_NUMBER.sub("", name), {"rank": [], "residual": []})
+        kind = kinds.setdefault(kind_of(name), {"rank": [], "residual": []})
         kind["rank"].append(rank)
         kind["residual"].append(report.residuals[name] / energy if energy > 0 else None)
     return kinds
@@ -39,6 +44,8 @@ def _layer(name: str) -> tuple[int, ...]:
 
 def _rank(form: OwnForm | None) -> float | None:
     """None below two axes."""
+    while isinstance(form, Extended):
+        form = form.base
     if form is None:
         return 0
     if isinstance(form, Separate):
