@@ -8,12 +8,12 @@ import numpy as np
 
 from retex_jax import (
     data,
-    evaluate,
     experiment,
     finetune,
     huggingface,
     models,
     pretrained,
+    protocols,
     recovery,
 )
 from retex_jax.calibration import Calibration
@@ -90,7 +90,7 @@ def _open(
         heads |= huggingface.zero_shot_heads(located.pretrained, headless, templates)
     collection = Collection(experts, heads, {}, {})
     suite = make_suite(settings, backbone, tasks, collection)
-    return collection._replace(individual=evaluate.known(suite, experts.expert_params))
+    return collection._replace(individual=protocols.known(suite, experts.expert_params))
 
 
 def make_suite(
@@ -98,9 +98,9 @@ def make_suite(
     backbone: pretrained.Backbone,
     tasks: Sequence[data.Task],
     collection: Collection,
-) -> evaluate.Suite:
+) -> protocols.Suite:
     """What methods are evaluated on."""
-    return evaluate.Suite(
+    return protocols.Suite(
         backbone.model,
         tasks,
         list(collection.heads.values()),

@@ -34,6 +34,7 @@ from retex_jax import (
     logging,
     preflight,
     pretrained,
+    protocols,
     report,
     search,
 )
@@ -81,10 +82,10 @@ class Bench:
         return self._rebased[origin]
 
     @cached_property
-    def validation(self) -> evaluate.Suite:
+    def validation(self) -> protocols.Suite:
         """What options are chosen on."""
         count = self.settings["search"]["num_inputs"]
-        return evaluate.validation(self.suite, count, self.collected.experts.expert_params)
+        return protocols.validation(self.suite, count, self.collected.experts.expert_params)
 
     def data_options(self, method: str) -> dict[str, Any]:
         """The keywords of a fit that needs data."""
@@ -93,12 +94,12 @@ class Bench:
 
 
 def validation_score(
-    suite: evaluate.Suite, method: str, progress: ProgressFn | None = None
+    suite: protocols.Suite, method: str, progress: ProgressFn | None = None
 ) -> Callable[[Any], list[float]]:
     """The score of a search.
 
     Args:
-      suite: from `evaluate.validation`.
+      suite: from `protocols.validation`.
       method: name in METHODS.
       progress: called with (tasks done, tasks) after each.
 
@@ -110,7 +111,7 @@ def validation_score(
     divisors = suite.individual if min(suite.individual.values()) > 0 else {}
 
     def score(state: Any) -> list[float]:
-        accuracy = evaluate.known(suite, lambda task: recover(state, task), "val", progress)
+        accuracy = protocols.known(suite, lambda task: recover(state, task), "val", progress)
         return [value / divisors.get(task, 1.0) for task, value in accuracy.items()]
 
     return score

@@ -1,16 +1,12 @@
-"""Evaluates merged and recovered models; as a program, a released artefact.
+"""Rows of results.json and the tables of them; as a program, evaluates a released artefact.
 
     python -m retex_jax.evaluate --artifact=workdirs/demo
 
-Two protocols for an unknown task (design: every result says which): with the head known, only the backbone is
-routed by the identifier, as the papers seem to evaluate; with nothing known, the identified task's head predicts,
-and a wrong task counts as wrong. Inputs of unknown task come in shuffled batches of all tasks, and nothing that
-predicts sees the true task.
+Every row says whether the task and the head were known; see `retex_jax.protocols`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -23,171 +19,13 @@ from retex_jax import (
     metrics,
     offsets,
     preflight,
+    protocols,
     recovery,
     release,
     tree,
 )
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
-from retex_jax.typing import Params, ProgressFn
-
-
-class Suite(NamedTuple):
-    """What methods are evaluated on.
-
-    Attributes:
-      model: Linen module.
-      tasks: with a split "test".
-      heads: one a task.
-      individual: task name to the accuracy of the expert itself.
-      batch_size: B.
-      seed: of the order of mixed inputs.
-    """
-
-    model: Any
-    tasks: Sequence[data.Task]
-    heads: Sequence[recovery.Head]
-    individual: Mapping[str, float]
-    batch_size: int
-    seed: int
-
-
-class Unknown(NamedTuple):
-    """Predictions for inputs of unknown task.
-
-    Attributes:
-      task_ids: identified task of each input, [n], int32.
-      features: pooled features of the identified task's expert, [n, d], float32.
-    """
-
-    task_ids: np.ndarray
-    features: np.ndarray
-
-
-def known(
-    suite: Suite,
-    recover: Callable[[int], Params],
-    split: str = "test",
-    progress: ProgressFn | None = None,
-) -> dict[str, float]:
-    """Accuracy of each task with its own parameters and its own head.
-
-    Args:
-      suite: what to evaluate on.
-      recover: task id -> parameters.
-      split: of the tasks.
-      progress: called with (tasks done, tasks) after each.
-
-    Returns:
-      Task name to accuracy.
-    """
-    result = {}
-    for index, task in enumerate(suite.tasks):
-        examples = task.splits[split]
-        features = recovery.run(suite.model, recover(index), examples, suite.batch_size)
-        predictions = recovery.logits(suite.heads[index], features).argmax(axis=1)
-        result[task.name] = metrics.accuracy(predictions, examples["label"])
-        if progress:
-            progress(index + 1, len(suite.tasks))
-    return result
-
-
-def validation(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) -> Suite:
-    """The suite that options are chosen on: it holds validation inputs and nothing else.
-
-    Args:
-      suite: whose tasks have a split "val".
-      num_inputs: of each task, the first.
-      recover: task id -> the expert's own parameters.
-
-    Returns:
-      Tasks that have a split "val" only, and `individual` the experts' accuracies on it.
-    """
-    tasks = [_first_inputs(task, num_inputs, "val") for task in suite.tasks]
-    size = min(suite.batch_size, max(len(task.splits["val"]["label"]) for task in tasks))
-    cut = suite._replace(tasks=tasks, batch_size=size, individual={})
-    return cut._replace(individual=known(cut, recover, "val"))
-
-
-def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:
-    """The test inputs of all tasks, shuffled together: input arrays, "label" and "task", [n, ...]."""
-    size = sum(len(task.splits["test"]["label"]) for task in tasks)
-    batch, valid = next(data.mixed_batches(tasks, "test", size, seed))
-    assert valid.all()
-    return batch
-
-
-def predict_unknown(
-    model: Any,
-    state: offsets.OffsetState,
-    identifier: recovery.Identifier,
-    inputs: Mapping[str, np.ndarray],
-    batch_size: int,
-) -> Unknown:
-    """Identifies the task of each input and runs it through that task's recovered expert.
-
-    Args:
-      model: Linen module.
-      state: merged model and offsets.
-      identifier: signatures and their layer.
-      inputs: input arrays [n, ...] only: labels and true tasks have no place here.
-      batch_size: B.
-
-    Returns:
-      Identified tasks and features.
-
-    Raises:
-      ValueError: if `inputs` carries "task" or "label".
-    """
-    if leaked := {"task", "label"} & set(inputs):
-        raise ValueError(f"inputs: got {sorted(leaked)}, expected nothing but what the model reads")
-    task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size)
-    features = recovery.run_grouped(
-        model, lambda task: offsets.recover(state, task), inputs, task_ids, batch_size
-    )
-    return Unknown(task_ids, features)
-
-
-def unknown(
-    prediction: Unknown,
-    heads: Sequence[recovery.Head],
-    names: Sequence[str],
-    true_tasks: np.ndarray,
-    labels: np.ndarray,
-) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
-    """Scores predictions for inputs of unknown task under both protocols.
-
-    Args:
-      prediction: from `predict_unknown`.
-      heads: one a task.
-      names: of the tasks.
-      true_tasks: [n].
-      labels: [n].
-
-    Returns:
-      Accuracy a task with the head known, accuracy a task with nothing known, and the identification
-      confusion matrix [T, T] (row = true task).
-    """
-    classes = np.full((len(heads), len(labels)), -1)
-    for task, head in enumerate(heads):
-        rows = np.flatnonzero((true_tasks == task) | (prediction.task_ids == task))
-        if len(rows):
-            classes[task, rows] = recovery.logits(head, prediction.features[rows]).argmax(axis=1)
-    positions = np.arange(len(labels))
-    head_known = classes[true_tasks, positions] == labels
-    nothing_known = (classes[prediction.task_ids, positions] == labels) & (
-        prediction.task_ids == true_tasks
-    )
-    confusion = metrics.confusion_matrix(prediction.task_ids, true_tasks, len(heads))
-    by_task = [true_tasks == task for task in range(len(heads))]
-    return (
-        {name: float(head_known[rows].mean()) for name, rows in zip(names, by_task, strict=True)},
-        {
-            name: float(nothing_known[rows].mean())
-            for name, rows in zip(names, by_task, strict=True)
-        },
-        confusion,
-    )
 
 
 def result_row(
@@ -226,14 +64,14 @@ def result_row(
 
 
 def known_row(
-    suite: Suite, method: str, variant: str, state: Any, seconds_fit: float
+    suite: protocols.Suite, method: str, variant: str, state: Any, seconds_fit: float
 ) -> dict[str, Any]:
     """Evaluates a fitted method with the task (and so the head) known; a row of results.json."""
     recover = METHODS[method].recover
     return result_row(
         method,
         variant,
-        known(suite, lambda task: recover(state, task)),
+        protocols.known(suite, lambda task: recover(state, task)),
         suite.individual,
         task_known=True,
         head_known=True,
@@ -245,7 +83,7 @@ def known_row(
 
 
 def routed_row(
-    suite: Suite,
+    suite: protocols.Suite,
     method: str,
     variant: str,
     state: Any,
@@ -268,8 +106,8 @@ def routed_row(
       A row of results.json.
     """
     entry = METHODS[method]
-    tasks = [_first_inputs(task, num_inputs, "test") for task in suite.tasks]
-    mixed = mixed_test(tasks, suite.seed)
+    tasks = [protocols.first_inputs(task, num_inputs, "test") for task in suite.tasks]
+    mixed = protocols.mixed_test(tasks, suite.seed)
     read = suite.model.example_batch()
     inputs = {name: array for name, array in mixed.items() if name in read}
     features = np.concatenate(
@@ -295,12 +133,6 @@ def routed_row(
         model_bytes=tree.param_bytes(entry.recover(state, 0)),
         seconds_fit=seconds_fit,
     )
-
-
-def _first_inputs(task: data.Task, count: int, split: str) -> data.Task:
-    examples = task.splits[split]
-    count = min(count, len(examples["label"]))
-    return replace(task, splits={split: data.take(examples, np.arange(count))})
 
 
 def over_seeds(
@@ -346,7 +178,7 @@ def _relative(accuracy: Mapping[str, float], individual: Mapping[str, float]) ->
 
 
 def unknown_rows(
-    suite: Suite,
+    suite: protocols.Suite,
     variant: str,
     state: offsets.OffsetState,
     identifier: recovery.Identifier,
@@ -365,11 +197,11 @@ def unknown_rows(
       Two rows of results.json (head known, nothing known), and the identification confusion matrix
       [T, T] (row = true task).
     """
-    mixed = mixed_test(suite.tasks, suite.seed)
+    mixed = protocols.mixed_test(suite.tasks, suite.seed)
     inputs = {name: array for name, array in mixed.items() if name not in ("task", "label")}
-    prediction = predict_unknown(suite.model, state, identifier, inputs, suite.batch_size)
+    prediction = protocols.predict_unknown(suite.model, state, identifier, inputs, suite.batch_size)
     names = [task.name for task in suite.tasks]
-    with_head, without_head, confusion = unknown(
+    with_head, without_head, confusion = protocols.unknown(
         prediction, suite.heads, names, mixed["task"], mixed["label"]
     )
     stored = offsets.offset_bytes(state) + tree.param_bytes(identifier.signatures)
@@ -450,7 +282,7 @@ def main() -> None:
     experiment.start()
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
-    suite = Suite(
+    suite = protocols.Suite(
         backbone.model,
         tasks,
         list(released.heads.values()),

@@ -11,10 +11,9 @@ processor's cache.
 
 import math
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,16 @@ import numpy as np
 from jax.core import Tracer
 
 from retex_jax import tree
+from retex_jax.buffers import scratch
 from retex_jax.lora.source import LoraSource
-from retex_jax.sources import MappedSource, SafetensorsSource, Source, TreeSource, read_safetensors
+from retex_jax.sources import (
+    SafetensorsSource,
+    Source,
+    TreeSource,
+    mapped,
+    read_part,
+    read_safetensors,
+)
 from retex_jax.typing import Array, Layout, Params
 
 __all__ = [
@@ -31,7 +38,6 @@ __all__ = [
     "SafetensorsSource",
     "Source",
     "TreeSource",
-    "aligned_empty",
     "read_safetensors",
     "task_vectors",
 ]
@@ -39,9 +45,6 @@ __all__ = [
 # Elements of a part: 1 MiB of float32 an expert, so that the parts of all experts stay in the cache, and a
 # multiple of 8, so that masks are packed in parts as they are whole.
 _PART = 1 << 18
-
-# Bytes; of the memory that JAX takes over.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class ExpertSet:
         A leaf is read in parts where all of its sources have it in host memory or in a mapped file.
         """
         sources = [source for source in (self._pretrained, *self._experts) if source is not None]
-        if any(_mapped(source, name) is None for source in sources):
+        if any(mapped(source, name) is None for source in sources):
             return [None]
         size = math.prod(self.leaves[name].shape)
         return [slice(start, min(start + _PART, size)) for start in range(0, max(size, 1), _PART)]
@@ -268,14 +271,14 @@ class ExpertSet:
           ValueError: if there is no pretrained model and the leaf is float; others are the first expert's.
         """
         if self._pretrained is not None:
-            return _read(self._pretrained, name, part)
+            return read_part(self._pretrained, name, part)
         if tree.is_float(self.leaves[name].dtype):
             raise ValueError(
                 f"pretrained: got None, but {name} of it is needed; take a method that works without, or "
                 "let a merged model take its place: experts.rebased(merged), with merged = "
                 "METHODS['weight_average'].fit(experts)"
             )
-        return _read(self._experts[0], name, part)
+        return read_part(self._experts[0], name, part)
 
     def expert(self, name: str, task: int) -> Array:
         """One leaf of one expert: [*shape], its own dtype."""
@@ -286,9 +289,9 @@ class ExpertSet:
 
         Of one of its `parts`: [T, n], in memory that the thread's next call for a part takes again.
         """
-        leaves = [_read(source, name, part) for source in self._experts]
+        leaves = [read_part(source, name, part) for source in self._experts]
         if part is not None:
-            return np.stack(leaves, out=_scratch(len(leaves), leaves[0].size), casting="unsafe")
+            return np.stack(leaves, out=scratch(len(leaves), leaves[0].size), casting="unsafe")
         stack = jnp.stack if isinstance(leaves[0], jax.Array) else np.stack
         return jnp.asarray(stack(leaves), dtype=jnp.float32)
 
@@ -345,28 +348,6 @@ class ExpertSet:
         return tree.unflatten({name: self.expert(name, task) for name in self.leaves})
 
 
-def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An array [*shape] that is not filled, and that JAX can take over on a CPU without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    data = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -data.ctypes.data % _ALIGNMENT
-    return data[start : start + size].view(dtype).reshape(shape)
-
-
-_thread = threading.local()
-
-
-def _scratch(*shape: int) -> np.ndarray:
-    """Float32 memory [*shape] of this thread, which its next call takes again.
-
-    Fresh memory of this size costs several times what is then done with it: the system clears every page.
-    """
-    size = math.prod(shape)
-    if getattr(_thread, "scratch", np.empty(0)).size < size:
-        _thread.scratch = aligned_empty([size], np.float32)
-    return _thread.scratch[:size].reshape(shape)
-
-
 def task_vectors(experts: ExpertSet) -> Params:
     """tau_t = theta_t - theta_0 (Task Arithmetic, arXiv:2212.04089, section 2) of every float leaf.
 
@@ -376,19 +357,6 @@ def task_vectors(experts: ExpertSet) -> Params:
       Nested dict of [T, *shape], float32.
     """
     return tree.unflatten({name: experts.task_vectors(name) for name in experts.float_leaves})
-
-
-def _mapped(source: Source, name: str) -> np.ndarray | None:
-    return source.mapped(name) if isinstance(source, MappedSource) else None
-
-
-def _read(source: Source, name: str, part: slice | None) -> Array:
-    if part is None:
-        return source.read(name)
-    mapped = _mapped(source, name)
-    if mapped is None:
-        raise ValueError(f"{name}: can't be read in parts, as `parts` says")
-    return mapped[part]
 
 
 def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:

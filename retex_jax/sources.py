@@ -134,3 +134,22 @@ def read_safetensors(path: str | os.PathLike[str], include: str = "") -> Params:
 
 def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or tree.is_float(dtype)
+
+
+def mapped(source: Source, name: str) -> np.ndarray | None:
+    """One leaf, flattened, without a copy: [size]; None where the source cannot be read in parts."""
+    return source.mapped(name) if isinstance(source, MappedSource) else None
+
+
+def read_part(source: Source, name: str, part: slice | None) -> Array:
+    """A part of a flattened leaf, [n]; for part None the leaf, [*shape].
+
+    Raises:
+      ValueError: if there is a part, but the leaf cannot be read in parts.
+    """
+    if part is None:
+        return source.read(name)
+    flat = mapped(source, name)
+    if flat is None:
+        raise ValueError(f"{name}: can't be read in parts")
+    return flat[part]

@@ -15,6 +15,7 @@ from retex_jax import (
     data,
     evaluate,
     logging,
+    protocols,
     recovery,
     search,
     tree,
@@ -219,7 +220,7 @@ def test_experts_that_have_none_right_are_not_divided_by(bench, calibrated):
     individual = dict.fromkeys(bench.validation.individual, 0.5) | {"dots": 0.0}
     suite = bench.validation._replace(individual=individual)
     scores = compare.validation_score(suite, "weight_average")(params)
-    assert scores == list(evaluate.known(suite, lambda task: params, "val").values())
+    assert scores == list(protocols.known(suite, lambda task: params, "val").values())
 
 
 def test_a_search_ends_in_the_row_of_its_best_options(bench):
@@ -233,7 +234,7 @@ def test_a_search_ends_in_the_row_of_its_best_options(bench):
     assert chosen == {"mask_lambda": found.per_task("mask_lambda")}
     row = compare.fit_row(bench, entry, chosen, lambda *done, **shown: None)
     state = METHODS["tall_mask"].fit(bench.experts(None), **chosen)
-    want = evaluate.known(bench.suite, lambda task: METHODS["tall_mask"].recover(state, task))
+    want = protocols.known(bench.suite, lambda task: METHODS["tall_mask"].recover(state, task))
     assert row["accuracy"] == want
     words = "/".join(map(str, chosen["mask_lambda"]))
     assert row["variant"] == f"mask_lambda={words} (validation)"
@@ -259,7 +260,7 @@ def test_rows_of_several_seeds(bench):
     for seed in range(3):
         key = jax.random.fold_in(jax.random.key(bench.settings["seed"]), seed)
         merged = METHODS["dare"].fit(bench.experts(None), key=key, drop=0.9)
-        accuracy = evaluate.known(bench.suite, lambda task, merged=merged: merged)
+        accuracy = protocols.known(bench.suite, lambda task, merged=merged: merged)
         accuracies.append(accuracy)
         own = bench.suite.individual
         scores.append(sum(accuracy[task] / own[task] for task in own) / len(own))
@@ -285,7 +286,7 @@ def test_difference_vectors_are_of_the_averaged_model(bench):
         bench, variants.Entry("t_switch", {}, "weight_average"), {}, lambda *done, **shown: None
     )
     state = METHODS["t_switch"].fit(moved)
-    want = evaluate.known(bench.suite, lambda task: METHODS["t_switch"].recover(state, task))
+    want = protocols.known(bench.suite, lambda task: METHODS["t_switch"].recover(state, task))
     assert row["accuracy"] == want
     assert row["variant"] == "from=weight_average"
 
@@ -305,7 +306,7 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     monkeypatch.setitem(METHODS, "fixed", fixed)
     suite = collection.make_suite(run.settings, run.backbone, run.tasks, collected)
     row = evaluate.routed_row(suite, "fixed", "", None, calibrations["test"], 10**6, 1.5)
-    assert row["accuracy"] == evaluate.known(suite, lambda task: params)
+    assert row["accuracy"] == protocols.known(suite, lambda task: params)
     assert (row["task_known"], row["head_known"]) == (False, True)
     assert row["bytes_per_task"] == 10
 

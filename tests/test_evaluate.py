@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import data, evaluate, experts, offsets, recovery, tree
+from retex_jax import data, evaluate, experts, offsets, protocols, recovery, tree
 
 NAMES = ["first", "second"]
 # Heads on two features. first: class 0 if x > y else 1. second: class 0, 1, 2 by -x, x, y.
@@ -23,13 +23,13 @@ def run(tmp_path_factory):
 @pytest.fixture
 def mixed(run):
     """Inputs of all tasks, their true tasks and labels."""
-    batch = evaluate.mixed_test(run.tasks, seed=0)
+    batch = protocols.mixed_test(run.tasks, seed=0)
     return {"image": batch["image"]}, batch["task"], batch["label"]
 
 
 def predict(run, inputs):
     released = run.released
-    return evaluate.predict_unknown(
+    return protocols.predict_unknown(
         run.backbone.model, released.state, released.identifier, inputs, 32
     )
 
@@ -56,8 +56,8 @@ def test_unknown_protocols_by_hand():
     labels = np.array([0, 0, 0, 1, 2, 1, 2])
     # Own head right:      yes     yes     no       yes      yes     yes      no
     # and task right:      yes     no      no       no       yes     no       no
-    with_head, without_head, confusion = evaluate.unknown(
-        evaluate.Unknown(identified, features), HEADS, NAMES, true_tasks, labels
+    with_head, without_head, confusion = protocols.unknown(
+        protocols.Unknown(identified, features), HEADS, NAMES, true_tasks, labels
     )
     assert with_head == pytest.approx({"first": 3 / 4, "second": 2 / 3})
     assert without_head == pytest.approx({"first": 1 / 4, "second": 1 / 3})
@@ -66,9 +66,9 @@ def test_unknown_protocols_by_hand():
 
 def test_wrong_task_is_wrong_even_when_its_class_has_the_number_of_the_label():
     features = np.array([[2.0, 1.0]], np.float32)
-    prediction = evaluate.Unknown(np.array([1, 1], np.int32), np.repeat(features, 2, axis=0))
+    prediction = protocols.Unknown(np.array([1, 1], np.int32), np.repeat(features, 2, axis=0))
     # The second head says class 1 to both, and 1 is the label of both, but the first is of another task.
-    _, without_head, _ = evaluate.unknown(
+    _, without_head, _ = protocols.unknown(
         prediction, HEADS, NAMES, np.array([0, 1]), np.array([1, 1])
     )
     assert without_head == {"first": 0.0, "second": 1.0}
@@ -102,13 +102,13 @@ def test_predictions_are_those_of_the_identified_expert(run, mixed):
 
 def test_whole_evaluation_predicts_the_same_under_permuted_tasks_and_labels(run, monkeypatch):
     seen = []
-    real_unknown, real_mixed = evaluate.unknown, evaluate.mixed_test
+    real_unknown, real_mixed = protocols.unknown, protocols.mixed_test
 
     def spy(prediction, *rest):
         seen.append(prediction)
         return real_unknown(prediction, *rest)
 
-    monkeypatch.setattr(evaluate, "unknown", spy)
+    monkeypatch.setattr(protocols, "unknown", spy)
     rows, confusion = unknown_rows(run, run.tasks)
     assert np.trace(confusion) > 0.9 * confusion.sum()
 
@@ -117,7 +117,7 @@ def test_whole_evaluation_predicts_the_same_under_permuted_tasks_and_labels(run,
         order = np.random.default_rng(7).permutation(len(batch["task"]))
         return {**batch, "task": batch["task"][order], "label": batch["label"][order]}
 
-    monkeypatch.setattr(evaluate, "mixed_test", permuted)
+    monkeypatch.setattr(protocols, "mixed_test", permuted)
     other_rows, other_confusion = unknown_rows(run, run.tasks)
     first, second = seen
     np.testing.assert_array_equal(first.task_ids, second.task_ids)
@@ -129,7 +129,7 @@ def test_whole_evaluation_predicts_the_same_under_permuted_tasks_and_labels(run,
 
 def test_inputs_are_predicted_the_same_whichever_task_they_are_filed_under(run, monkeypatch):
     seen = {}
-    real_predict = evaluate.predict_unknown
+    real_predict = protocols.predict_unknown
 
     def spy(model, state, identifier, inputs, batch_size):
         prediction = real_predict(model, state, identifier, inputs, batch_size)
@@ -139,7 +139,7 @@ def test_inputs_are_predicted_the_same_whichever_task_they_are_filed_under(run, 
             seen.setdefault(image.tobytes(), []).append((task, feature))
         return prediction
 
-    monkeypatch.setattr(evaluate, "predict_unknown", spy)
+    monkeypatch.setattr(protocols, "predict_unknown", spy)
     unknown_rows(run, run.tasks)
     rotated = [
         data.Task(task.name, task.classes, {"test": other.splits["test"]}, "", "")
@@ -156,14 +156,14 @@ def test_inputs_are_predicted_the_same_whichever_task_they_are_filed_under(run, 
 
 
 def test_mixed_test_is_shuffled_and_whole(run):
-    batch = evaluate.mixed_test(run.tasks, seed=0)
+    batch = protocols.mixed_test(run.tasks, seed=0)
     assert [int((batch["task"] == task).sum()) for task in range(3)] == [80, 80, 80]
     assert (np.diff(batch["task"]) != 0).sum() > 100
     for index, task in enumerate(run.tasks):
         rows = batch["task"] == index
         found = labels_of(batch["image"][rows], batch["label"][rows])
         assert found == labels_of(task.splits["test"]["image"], task.splits["test"]["label"])
-    other = evaluate.mixed_test(run.tasks, seed=1)
+    other = protocols.mixed_test(run.tasks, seed=1)
     assert (other["task"] != batch["task"]).any()
 
 
@@ -171,7 +171,7 @@ def test_mixed_test_is_shuffled_and_whole(run):
 
 
 def test_known_agrees_with_running_each_example_alone(run):
-    found = evaluate.known(tiny.suite(run), lambda task: offsets.recover(run.released.state, task))
+    found = protocols.known(tiny.suite(run), lambda task: offsets.recover(run.released.state, task))
     assert list(found) == list(tiny.NAMES)
     for index, task in enumerate(run.tasks):
         params = offsets.recover(run.released.state, index)
@@ -214,8 +214,8 @@ def test_known_gives_each_task_its_own_parameters_and_head():
             lambda model, params, batch, n: model.apply({"params": params}, batch),
         )
         tasks = [task("first", 1), task("second", 2)]
-        suite = evaluate.Suite(Constant(), tasks, heads, {}, batch_size=3, seed=0)
-        found = evaluate.known(suite, lambda index: {"x": experts_by_task[index]})
+        suite = protocols.Suite(Constant(), tasks, heads, {}, batch_size=3, seed=0)
+        found = protocols.known(suite, lambda index: {"x": experts_by_task[index]})
     assert found == {"first": 1.0, "second": 1.0}
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(retex_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 CORE = {
+    "buffers",
     "calibration",
     "",  # retex_jax/__init__.py
     "experts",
@@ -54,6 +55,7 @@ PROGRAMS = {
     "preflight",
     "pretrained",
     "probe",
+    "protocols",
     "huggingface",
     "train",
     "variants",

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import evaluate, models, offsets, recovery, tree
+from retex_jax import models, offsets, protocols, recovery, tree
 from retex_jax.identifier import subspace
 
 BATCH = 32
@@ -26,7 +26,7 @@ def recover(run):
 
 
 def mixed(run, count):
-    return {name: array[:count] for name, array in evaluate.mixed_test(run.tasks, seed=1).items()}
+    return {name: array[:count] for name, array in protocols.mixed_test(run.tasks, seed=1).items()}
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -153,10 +153,10 @@ class Run(NamedTuple):
 
 def suite(run):
     """What the run's methods were evaluated on, with the released heads."""
-    from retex_jax import evaluate  # here, because as a program this file runs it
+    from retex_jax import protocols  # here, because as a program this file runs it
 
     heads = list(run.released.heads.values())
-    return evaluate.Suite(run.backbone.model, run.tasks, heads, run.results["individual"], 32, 0)
+    return protocols.Suite(run.backbone.model, run.tasks, heads, run.results["individual"], 32, 0)
 
 
 _RUNS = []

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.experts import ExpertSet, aligned_empty
+from retex_jax.buffers import aligned_empty
+from retex_jax.experts import ExpertSet
 from retex_jax.typing import Params
 
 _Result = TypeVar("_Result")

@@ -1,0 +1,180 @@
+"""How models are evaluated: with the task known, and under the two protocols of an unknown task.
+
+With the head known, only the backbone is routed by the identifier, as the papers seem to evaluate; with nothing
+known, the identified task's head predicts, and a wrong task counts as wrong. Inputs of unknown task come in
+shuffled batches of all tasks, and nothing that predicts sees the true task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retex_jax import data, metrics, offsets, recovery
+from retex_jax.typing import Params, ProgressFn
+
+
+class Suite(NamedTuple):
+    """What methods are evaluated on.
+
+    Attributes:
+      model: Linen module.
+      tasks: with a split "test".
+      heads: one a task.
+      individual: task name to the accuracy of the expert itself.
+      batch_size: B.
+      seed: of the order of mixed inputs.
+    """
+
+    model: Any
+    tasks: Sequence[data.Task]
+    heads: Sequence[recovery.Head]
+    individual: Mapping[str, float]
+    batch_size: int
+    seed: int
+
+
+class Unknown(NamedTuple):
+    """Predictions for inputs of unknown task.
+
+    Attributes:
+      task_ids: identified task of each input, [n], int32.
+      features: pooled features of the identified task's expert, [n, d], float32.
+    """
+
+    task_ids: np.ndarray
+    features: np.ndarray
+
+
+def known(
+    suite: Suite,
+    recover: Callable[[int], Params],
+    split: str = "test",
+    progress: ProgressFn | None = None,
+) -> dict[str, float]:
+    """Accuracy of each task with its own parameters and its own head.
+
+    Args:
+      suite: what to evaluate on.
+      recover: task id -> parameters.
+      split: of the tasks.
+      progress: called with (tasks done, tasks) after each.
+
+    Returns:
+      Task name to accuracy.
+    """
+    result = {}
+    for index, task in enumerate(suite.tasks):
+        examples = task.splits[split]
+        features = recovery.run(suite.model, recover(index), examples, suite.batch_size)
+        predictions = recovery.logits(suite.heads[index], features).argmax(axis=1)
+        result[task.name] = metrics.accuracy(predictions, examples["label"])
+        if progress:
+            progress(index + 1, len(suite.tasks))
+    return result
+
+
+def validation(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) -> Suite:
+    """The suite that options are chosen on: it holds validation inputs and nothing else.
+
+    Args:
+      suite: whose tasks have a split "val".
+      num_inputs: of each task, the first.
+      recover: task id -> the expert's own parameters.
+
+    Returns:
+      Tasks that have a split "val" only, and `individual` the experts' accuracies on it.
+    """
+    tasks = [first_inputs(task, num_inputs, "val") for task in suite.tasks]
+    size = min(suite.batch_size, max(len(task.splits["val"]["label"]) for task in tasks))
+    cut = suite._replace(tasks=tasks, batch_size=size, individual={})
+    return cut._replace(individual=known(cut, recover, "val"))
+
+
+def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:
+    """The test inputs of all tasks, shuffled together: input arrays, "label" and "task", [n, ...]."""
+    size = sum(len(task.splits["test"]["label"]) for task in tasks)
+    batch, valid = next(data.mixed_batches(tasks, "test", size, seed))
+    assert valid.all()
+    return batch
+
+
+def predict_unknown(
+    model: Any,
+    state: offsets.OffsetState,
+    identifier: recovery.Identifier,
+    inputs: Mapping[str, np.ndarray],
+    batch_size: int,
+) -> Unknown:
+    """Identifies the task of each input and runs it through that task's recovered expert.
+
+    Args:
+      model: Linen module.
+      state: merged model and offsets.
+      identifier: signatures and their layer.
+      inputs: input arrays [n, ...] only: labels and true tasks have no place here.
+      batch_size: B.
+
+    Returns:
+      Identified tasks and features.
+
+    Raises:
+      ValueError: if `inputs` carries "task" or "label".
+    """
+    if leaked := {"task", "label"} & set(inputs):
+        raise ValueError(f"inputs: got {sorted(leaked)}, expected nothing but what the model reads")
+    task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size)
+    features = recovery.run_grouped(
+        model, lambda task: offsets.recover(state, task), inputs, task_ids, batch_size
+    )
+    return Unknown(task_ids, features)
+
+
+def unknown(
+    prediction: Unknown,
+    heads: Sequence[recovery.Head],
+    names: Sequence[str],
+    true_tasks: np.ndarray,
+    labels: np.ndarray,
+) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
+    """Scores predictions for inputs of unknown task under both protocols.
+
+    Args:
+      prediction: from `predict_unknown`.
+      heads: one a task.
+      names: of the tasks.
+      true_tasks: [n].
+      labels: [n].
+
+    Returns:
+      Accuracy a task with the head known, accuracy a task with nothing known, and the identification
+      confusion matrix [T, T] (row = true task).
+    """
+    classes = np.full((len(heads), len(labels)), -1)
+    for task, head in enumerate(heads):
+        rows = np.flatnonzero((true_tasks == task) | (prediction.task_ids == task))
+        if len(rows):
+            classes[task, rows] = recovery.logits(head, prediction.features[rows]).argmax(axis=1)
+    positions = np.arange(len(labels))
+    head_known = classes[true_tasks, positions] == labels
+    nothing_known = (classes[prediction.task_ids, positions] == labels) & (
+        prediction.task_ids == true_tasks
+    )
+    confusion = metrics.confusion_matrix(prediction.task_ids, true_tasks, len(heads))
+    by_task = [true_tasks == task for task in range(len(heads))]
+    return (
+        {name: float(head_known[rows].mean()) for name, rows in zip(names, by_task, strict=True)},
+        {
+            name: float(nothing_known[rows].mean())
+            for name, rows in zip(names, by_task, strict=True)
+        },
+        confusion,
+    )
+
+
+def first_inputs(task: data.Task, count: int, split: str) -> data.Task:
+    """The task with the first examples of one split only."""
+    examples = task.splits[split]
+    count = min(count, len(examples["label"]))
+    return replace(task, splits={split: data.take(examples, np.arange(count))})
