@@ -226,6 +226,28 @@ def test_orientation_changes_only_what_is_shared(orientation):
     assert_close(RETEX.recover(state, 0), experts[0])
 
 
+@pytest.mark.parametrize(("bits", "slack"), [(32, 1e-5), (8, 1e-2)])
+def test_weighted_fit_is_the_best_of_the_weighted_stack(bits, slack):
+    stack = low_rank((9, 7), 3, decay=0.8).astype(np.float64)
+    pretrained = {"w/kernel": np.zeros((7, 9), "f4")}
+    experts = [{"w/kernel": offset.T.astype("f4")} for offset in stack]
+    given = np.array([1.0, 3.0, 0.5])
+    state = RETEX.fit(
+        expert_set(pretrained, experts), rank=2, bits=bits, task_weights=given,
+        base=references.nested(pretrained),
+    )  # fmt: skip
+    weights = given / np.sqrt(np.mean(given**2))
+    weighted = stack * weights[:, None, None]
+    optimum = np.sum(np.linalg.svd(weighted.reshape(-1, 7), compute_uv=False)[2:] ** 2)
+    error = 0.0
+    for task, expert in enumerate(experts):
+        found = references.flat(RETEX.recover(state, task))["w/kernel"].astype(np.float64)
+        error += weights[task] ** 2 * np.sum((found - expert["w/kernel"]) ** 2)
+    assert error == pytest.approx(optimum, rel=slack)
+    assert state.report.residual == pytest.approx(error, rel=1e-4)
+    assert state.report.optimum == pytest.approx(optimum, rel=1e-5)
+
+
 def test_energy_weights_help_the_small_task():
     rng = np.random.default_rng(0)
     pretrained = {"w/kernel": rng.normal(size=(12, 12)).astype("f4")}
