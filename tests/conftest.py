@@ -6,7 +6,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -67,6 +67,13 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         return real_lookup(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled() -> Iterator[None]:
+    """Compiled functions of a file are dropped after it: a process can hold some 10,000, and then crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
