@@ -2,8 +2,9 @@
 
     python -m retex_jax.compare --config=configs/dinov2_vision8_pareto.py
 
-Offsets of our own form and of the paper's (with the shared factor on either side), and DTS, on the experts of
-configs/dinov2_vision8.py. Hardware: two CPU cores; half an hour once the experts are there.
+Offsets of our own form and of the paper's (ReTeX, with the shared factor on either side, and ReTeX-E), DTS,
+T-Switch and EMR, on experts of three seeds of configs/dinov2_vision8.py; the table has means, and the figure 95%
+intervals. Hardware: two CPU cores; half an hour a seed once the experts are there.
 """
 
 from ml_collections import ConfigDict

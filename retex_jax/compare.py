@@ -5,7 +5,8 @@
 
 The task is known, but for methods that mix experts by input: these see shuffled inputs of all tasks, and each task's
 own head predicts. Methods with a published grid have a further row with the options that are best on validation
-inputs; what is random is fitted with several seeds.
+inputs; what is random is fitted with several seeds. With `expert_seeds` the whole comparison is run on experts of
+each of these seeds, and the table is of the means.
 
 The workdir (workdirs/NAME_compare by default) receives results.json after every method, and report.html with the
 plot of accuracy against bytes. A run that was stopped goes on where it was: rows in results.json that are of the same
@@ -15,12 +16,11 @@ the rest go on; the exit status is then 1.
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 from absl import flags
 
@@ -28,165 +28,17 @@ from retex_jax import (
     artifact,
     collection,
     command_line,
-    data,
     evaluate,
     experiment,
     logging,
     preflight,
-    pretrained,
-    protocols,
     report,
     search,
 )
-from retex_jax.experts import ExpertSet
-from retex_jax.mergers import MERGERS
-from retex_jax.methods import METHODS, NEEDS
-from retex_jax.typing import ProgressFn
+from retex_jax.bench import Bench, choose, fit_row, searched
 from retex_jax.variants import Entry, plan, seeds
 
 _DECIDE = ("seed", "model", "tasks", "data", "finetune", "experts", "calibration", "evaluate")
-
-Update = Callable[..., None]
-"""(fits done, **what is shown beside them); a fit is of a candidate or of a seed."""
-
-
-class Bench:
-    """What entries are fitted and evaluated on; what several of them share is made once."""
-
-    def __init__(
-        self,
-        settings: experiment.Settings,
-        backbone: pretrained.Backbone,
-        tasks: Sequence[data.Task],
-        collected: collection.Collection,
-        clock: logging.Clock,
-    ):
-        self.settings = settings
-        self.collected = collected
-        self.suite = collection.make_suite(settings, backbone, tasks, collected)
-        self.calibrations = collection.calibrate(settings, backbone, tasks, collected)
-        self.clock = clock
-        self._rebased: dict[str, ExpertSet] = {}
-
-    def key(self, seed: int) -> jax.Array:
-        """The experiment's key, folded by the number of a seed."""
-        return jax.random.fold_in(jax.random.key(self.settings["seed"]), seed)
-
-    def experts(self, origin: str | None) -> ExpertSet:
-        """The experts; with the model of a merger in place of the pretrained one, if `origin` names it."""
-        if origin is None:
-            return self.collected.experts
-        if origin not in self._rebased:
-            merged = MERGERS[origin](self.collected.experts, key=self.key(0))
-            self._rebased[origin] = self.collected.experts.rebased(merged)
-        return self._rebased[origin]
-
-    @cached_property
-    def validation(self) -> protocols.Suite:
-        """What options are chosen on."""
-        count = self.settings["search"]["num_inputs"]
-        return protocols.validation(self.suite, count, self.collected.experts.expert_params)
-
-    def data_options(self, method: str) -> dict[str, Any]:
-        """The keywords of a fit that needs data."""
-        split = NEEDS[METHODS[method].needs]
-        return {"calibration": self.calibrations[split]} if split else {}
-
-
-def validation_score(
-    suite: protocols.Suite, method: str, progress: ProgressFn | None = None
-) -> Callable[[Any], list[float]]:
-    """The score of a search.
-
-    Args:
-      suite: from `protocols.validation`.
-      method: name in METHODS.
-      progress: called with (tasks done, tasks) after each.
-
-    Returns:
-      state -> one number a task, with the task and so its head known: accuracy on validation inputs divided by
-      the expert's own, so that their mean is the normalized accuracy; plain where an expert has none right.
-    """
-    recover = METHODS[method].recover
-    divisors = suite.individual if min(suite.individual.values()) > 0 else {}
-
-    def score(state: Any) -> list[float]:
-        accuracy = protocols.known(suite, lambda task: recover(state, task), "val", progress)
-        return [value / divisors.get(task, 1.0) for task, value in accuracy.items()]
-
-    return score
-
-
-def choose(bench: Bench, entry: Entry, update: Update) -> search.SearchResult:
-    """Searches an entry's grid on validation inputs, with the first seed."""
-    done = 0
-
-    def candidate(count: int, total: int) -> None:
-        nonlocal done
-        done = count
-        update(done, candidate=f"{done}/{total}")
-
-    def task(count: int, total: int) -> None:
-        shown = f"{done + 1}/{entry.num_candidates}"
-        update(done, candidate=shown, task=f"{count}/{total}")
-
-    return search.grid(
-        METHODS[entry.method].fit,
-        bench.experts(entry.origin),
-        entry.grid,
-        validation_score(bench.validation, entry.method, task),
-        key=bench.key(0),
-        fixed={**entry.options, **bench.data_options(entry.method)},
-        progress=candidate,
-    )
-
-
-def fit_row(
-    bench: Bench, entry: Entry, chosen: Mapping[str, Any], update: Update
-) -> dict[str, Any]:
-    """Fits an entry with each of its seeds and evaluates it on test inputs; a row of results.json."""
-    method, clock = METHODS[entry.method], bench.clock
-    options = {**entry.options, **chosen, **bench.data_options(entry.method)}
-    experts, numbers, rows = bench.experts(entry.origin), seeds(entry, bench.settings), []
-    names = (bench.suite, entry.method, entry.variant(chosen))
-    for done, seed in enumerate(numbers, start=1):
-        before = clock.seconds.get("fit", 0.0)
-        with clock("fit"):
-            state = method.fit(experts, key=bench.key(seed), **options)
-            jax.block_until_ready(method.recover(state, 0))
-        seconds = clock.seconds["fit"] - before
-        with clock("evaluate"):
-            if method.predict is None:
-                rows.append(evaluate.known_row(*names, state, seconds))
-            else:
-                count = bench.settings["evaluate"]["routed_inputs"]
-                inputs = bench.calibrations["test"]
-                rows.append(evaluate.routed_row(*names, state, inputs, count, seconds))
-        leaves = method.leaves(state) if method.leaves else None
-        del state  # some hold all experts
-        update(entry.num_candidates + done, seed=f"{done}/{len(numbers)}")
-    row = evaluate.over_seeds(rows, numbers, bench.suite.individual)
-    facts = {"needs": entry.needs, "entry": entry.name, "commit": logging.commit()}
-    return {**row, **facts, **({"leaves": leaves} if leaves else {})}
-
-
-def searched(entry: Entry, chosen: Mapping[str, Any], found: search.SearchResult) -> dict[str, Any]:
-    """What results.json tells of a search: what was chosen, and all trials."""
-    return {
-        "entry": entry.name,
-        "method": entry.method,
-        "chosen": dict(chosen),
-        "score": found.score,
-        "trials": [
-            {
-                "options": dict(trial.options),
-                "score": trial.score,
-                "task_scores": list(trial.task_scores),
-                "error": trial.error,
-            }
-            for trial in found.trials
-        ],
-    }
 
 
 def identity(settings: experiment.Settings) -> str:
@@ -238,9 +90,10 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     """Fits and evaluates every planned method.
 
     Args:
-      config: the experiment.
+      config: the experiment; with `expert_seeds`, it is run with experts of each of these seeds.
       workdir: receives results.json, after every method, and report.html; rows that are there are kept, see
-        `previous`.
+        `previous`. With `expert_seeds`, each has a folder of its own, seed_NUMBER, and the workdir receives
+        the means, see `over_experts`.
 
     Returns:
       The content of results.json; "failed" holds what went wrong, by entry.
@@ -251,6 +104,22 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
     preflight.check(settings)
+    plan(settings)
+    if not (numbers := settings["expert_seeds"]):
+        return _compare(settings, workdir)
+    repeats = {}
+    for seed in numbers:
+        logging.info(f"experts of seed {seed}")
+        own = {**settings, "seed": seed, "expert_seeds": ()}
+        repeats[seed] = _compare(own, workdir / f"seed_{seed}")
+    results = over_experts(repeats)
+    with logging.WorkdirLock(workdir):
+        _report(workdir, settings, results)
+    return results
+
+
+def _compare(settings: experiment.Settings, workdir: Path) -> dict[str, Any]:
+    """Compares on the experts of one seed."""
     entries = plan(settings)
     experiment.start()
     clock = logging.Clock()
@@ -266,16 +135,67 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         failed = _fit_all(bench, entries, rows, searches, path)
         if not rows:
             raise ValueError(f"methods: all failed: {failed}")
-        results = _write(path, bench, entries, rows, searches, failed)
-        report.write(
-            workdir / "report.html",
-            results,
-            seconds=results["seconds"],
-            config_text=json.dumps(settings, indent=1),
-        )
+        results = _results(bench, entries, rows, searches, failed)
+        _report(workdir, settings, results)
+    return results
+
+
+def _report(workdir: Path, settings: experiment.Settings, results: dict[str, Any]) -> None:
+    """Writes results.json and report.html, and prints the table."""
+    path = workdir / "results.json"
+    artifact.write_json(path, results)
+    report.write(
+        workdir / "report.html",
+        results,
+        seconds=results["seconds"],
+        config_text=json.dumps(settings, indent=1),
+    )
     evaluate.print_methods(results["rows"])
     logging.info(f"wrote {workdir / 'report.html'} and {path}")
-    return results
+
+
+def over_experts(repeats: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of experts of several seeds in one.
+
+    Args:
+      repeats: the seed of the experts to the content of results.json.
+
+    Returns:
+      The means, as `evaluate.over_seeds` has them, of the rows that all have, without their searches, which
+      choose for each seed; "expert_seeds" are the seeds, and "failed" tells them.
+    """
+    first = next(iter(repeats.values()))
+    by_entry = [{row["entry"]: row for row in results["rows"]} for results in repeats.values()]
+    shared = [name for name in by_entry[0] if all(name in rows for rows in by_entry)]
+
+    def mean(name: str) -> dict[str, float]:
+        return {
+            task: sum(results[name][task] for results in repeats.values()) / len(repeats)
+            for task in first[name]
+        }
+
+    return {
+        **first,
+        "checkpoint_set": ", ".join(results["checkpoint_set"] for results in repeats.values()),
+        "identity": [results["identity"] for results in repeats.values()],
+        "seed": None,
+        "expert_seeds": list(repeats),
+        "individual": mean("individual"),
+        "linear_probe": mean("linear_probe"),
+        "rows": [
+            evaluate.over_seeds([rows[name] for rows in by_entry], list(repeats)) for name in shared
+        ],
+        "searches": {},
+        "failed": {
+            f"seed {seed}: {name}": error
+            for seed, results in repeats.items()
+            for name, error in results["failed"].items()
+        },
+        "seconds": {
+            phase: sum(results["seconds"].get(phase, 0.0) for results in repeats.values())
+            for phase in first["seconds"]
+        },
+    }
 
 
 def _fit_all(
@@ -312,7 +232,7 @@ def _fit_all(
                 logging.warning(f"{entry.name} failed: {failed[entry.name]}")
             done += sizes[entry.name]
             if rows:
-                _write(path, bench, entries, rows, searches, failed)
+                artifact.write_json(path, _results(bench, entries, rows, searches, failed))
     return failed
 
 
@@ -320,15 +240,14 @@ def _show(bar: logging.Progress, start: int, method: str, count: int, **shown: s
     bar.update(start + count, method=method, **shown)
 
 
-def _write(
-    path: Path,
+def _results(
     bench: Bench,
     entries: Sequence[Entry],
     rows: Mapping[str, Any],
     searches: Mapping[str, Any],
     failed: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Writes results.json, with rows in the order of the plan, and returns its content."""
+    """The content of results.json, with rows in the order of the plan."""
     order = dict.fromkeys([*(entry.name for entry in entries), *rows])
     results = {
         "schema": 1,
@@ -345,9 +264,7 @@ def _write(
         "failed": dict(failed),
         "seconds": dict(bench.clock.seconds),
     }
-    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    artifact.write_json(path, results)
-    return results
+    return json.loads(json.dumps(results), parse_constant=lambda _: None)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from scipy import special
 
 from retex_jax import (
     command_line,
@@ -26,6 +27,16 @@ from retex_jax import (
 )
 from retex_jax.identifier import subspace
 from retex_jax.methods import METHODS
+
+_MEASURES = {
+    measure.__name__: measure
+    for measure in (
+        metrics.normalized_accuracy,
+        metrics.worst_normalized_accuracy,
+        metrics.accuracy_ratio,
+        metrics.adr,
+    )
+}
 
 
 def result_row(
@@ -135,35 +146,40 @@ def routed_row(
     )
 
 
-def over_seeds(
-    rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], individual: Mapping[str, float]
-) -> dict[str, Any]:
-    """One row for several seeds of one method.
+def over_seeds(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """One row for several seeds: of one method, or of the experts.
 
     Args:
       rows: one a seed, from `known_row` or `routed_row`.
       seeds: their numbers.
-      individual: as in the suite.
 
     Returns:
-      The row of the mean accuracies and of the mean seconds, with "seeds", "normalized_accuracies" of each
-      and "normalized_accuracy_std", their standard deviation (of a sample: the divisor is one less
-      than their number; None for one seed, or where there is no normalized accuracy).
+      The row of the mean accuracies, measures and seconds, with "seeds", "normalized_accuracies" of each,
+      "normalized_accuracy_std", their standard deviation (of a sample: the divisor is one less than their
+      number), and "normalized_accuracy_interval", half the width of the 95% confidence interval of their mean
+      (Student's t). Both are None for one seed; what is None for any seed is None.
     """
     first = rows[0]
     accuracy = {
         task: float(np.mean([row["accuracy"][task] for row in rows])) for task in first["accuracy"]
     }
+    means = {
+        name: None if None in values else float(np.mean(values))
+        for name in (*_MEASURES, "bytes_per_task", "amr", "seconds_fit")
+        for values in [[row[name] for row in rows]]
+    }
     scores = [row["normalized_accuracy"] for row in rows]
-    has_spread = len(rows) > 1 and None not in scores
+    spread = float(np.std(scores, ddof=1)) if len(rows) > 1 and None not in scores else None
+    quantile = special.stdtrit(len(rows) - 1, 0.975)
+    half_width = None if spread is None else float(quantile * spread / len(rows) ** 0.5)
     return {
         **first,
         "accuracy": accuracy,
-        **_relative(accuracy, individual),
+        **means,
         "normalized_accuracies": scores,
-        "normalized_accuracy_std": float(np.std(scores, ddof=1)) if has_spread else None,
+        "normalized_accuracy_std": spread,
+        "normalized_accuracy_interval": half_width,
         "seeds": list(seeds),
-        "seconds_fit": float(np.mean([row["seconds_fit"] for row in rows])),
         "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows),
     }
 
@@ -171,9 +187,9 @@ def over_seeds(
 def _relative(accuracy: Mapping[str, float], individual: Mapping[str, float]) -> dict[str, Any]:
     """What is relative to the individual accuracies; None where one of them is 0."""
     sound = min(individual.values()) > 0
-    measures = (metrics.normalized_accuracy, metrics.accuracy_ratio, metrics.adr)
     return {
-        measure.__name__: measure(accuracy, individual) if sound else None for measure in measures
+        name: measure(accuracy, individual) if sound else None
+        for name, measure in _MEASURES.items()
     }
 
 
@@ -252,12 +268,13 @@ def print_methods(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints one line a row of results.json."""
     logging.table(
         "methods",
-        ["method", "task", "norm. acc", "AMR", "KiB/task", "ident.", "fit s"],
+        ["method", "task", "norm. acc", "worst", "AMR", "KiB/task", "ident.", "fit s"],
         [
             [
                 f"{row['method']} {row['variant']}".strip(),
                 "known" if row["task_known"] else "own head" if row["head_known"] else "unknown",
                 _with_spread(row),
+                row.get("worst_normalized_accuracy"),
                 row["amr"],
                 round(row["bytes_per_task"] / 1024),
                 "" if row["identification_accuracy"] is None else row["identification_accuracy"],

@@ -51,6 +51,14 @@ def normalized_accuracy(merged: Mapping[str, float], individual: Mapping[str, fl
     return float(np.mean([merged[task] / individual[task] for task in individual]))
 
 
+def worst_normalized_accuracy(
+    merged: Mapping[str, float], individual: Mapping[str, float]
+) -> float:
+    """The least merged / individual accuracy of a task, which a good mean can hide."""
+    _check_tasks(merged, individual)
+    return float(min(merged[task] / individual[task] for task in individual))
+
+
 def accuracy_ratio(merged: Mapping[str, float], individual: Mapping[str, float]) -> float:
     """Mean merged accuracy / mean individual accuracy: the ratio of means, not the mean of ratios."""
     _check_tasks(merged, individual)

@@ -44,6 +44,7 @@ _REQUIRED = (
     "method_options",
     "extra_variants",
     "num_seeds",
+    "expert_seeds",
     "search.enabled",
     "search.num_inputs",
     "offsets.rank",
@@ -212,6 +213,15 @@ def _range_problems(settings: Settings) -> list[str]:
         for path, minimum in least.items()
         if entries[path] < minimum
     ]
+    numbers = settings["expert_seeds"]
+    if not all(isinstance(seed, int) and seed >= 0 for seed in numbers) or len(set(numbers)) < len(
+        numbers
+    ):
+        problems.append(f"expert_seeds: got {numbers}, expected different integers of 0 or more")
+    if numbers and (settings["experts"]["root"] or experiment.from_snapshots(settings)):
+        problems.append(
+            f"expert_seeds: got {numbers}, but the experts lie in experts.root or are snapshots; expected ()"
+        )
     for name in ("learning_rate", "head_learning_rate"):
         value = settings["finetune"][name]
         if not 0 < value < float("inf"):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import tiny
@@ -21,6 +22,7 @@ from retex_jax import (
     tree,
     variants,
 )
+from retex_jax.bench import Bench, choose, fit_row, searched, validation_score
 from retex_jax.methods import METHODS, NEEDS
 
 SEARCH = {"enabled": True, "num_inputs": 8}
@@ -193,7 +195,7 @@ def test_only_what_is_called_random_depends_on_the_key(calibrated, name, options
 def bench(calibrated):
     run, collected, _ = calibrated
     settings = {**run.settings, "search": SEARCH, "num_seeds": 3}
-    return compare.Bench(settings, run.backbone, run.tasks, collected, logging.Clock())
+    return Bench(settings, run.backbone, run.tasks, collected, logging.Clock())
 
 
 def test_options_are_chosen_on_validation_inputs_only(bench, calibrated):
@@ -204,7 +206,7 @@ def test_options_are_chosen_on_validation_inputs_only(bench, calibrated):
         for name, array in task.splits["val"].items():
             np.testing.assert_array_equal(array, whole.splits["val"][name][:8])
     params = collected.experts.expert_params(1)
-    scores = compare.validation_score(suite, "weight_average")(params)
+    scores = validation_score(suite, "weight_average")(params)
     for index, task in enumerate(run.tasks):
         val = task.splits["val"]
         right = []
@@ -219,20 +221,20 @@ def test_experts_that_have_none_right_are_not_divided_by(bench, calibrated):
     params = calibrated[1].experts.expert_params(1)
     individual = dict.fromkeys(bench.validation.individual, 0.5) | {"dots": 0.0}
     suite = bench.validation._replace(individual=individual)
-    scores = compare.validation_score(suite, "weight_average")(params)
+    scores = validation_score(suite, "weight_average")(params)
     assert scores == list(protocols.known(suite, lambda task: params, "val").values())
 
 
 def test_a_search_ends_in_the_row_of_its_best_options(bench):
     (entry,) = (e for e in variants.plan({**bench.settings, "methods": "tall_mask"}) if e.grid)
     calls = []
-    found = compare.choose(bench, entry, lambda done, **shown: calls.append((done, shown)))
+    found = choose(bench, entry, lambda done, **shown: calls.append((done, shown)))
     assert len(found.trials) == 5
     assert calls[-1] == (5, {"candidate": "5/5"})
     assert (2, {"candidate": "3/5", "task": "1/3"}) in calls
     chosen = search.chosen_options("tall_mask", found)
     assert chosen == {"mask_lambda": found.per_task("mask_lambda")}
-    row = compare.fit_row(bench, entry, chosen, lambda *done, **shown: None)
+    row = fit_row(bench, entry, chosen, lambda *done, **shown: None)
     state = METHODS["tall_mask"].fit(bench.experts(None), **chosen)
     want = protocols.known(bench.suite, lambda task: METHODS["tall_mask"].recover(state, task))
     assert row["accuracy"] == want
@@ -244,10 +246,10 @@ def test_a_search_ends_in_the_row_of_its_best_options(bench):
 
 def test_candidates_after_the_first_compile_nothing(bench, caplog):
     entry = variants.Entry("consensus", {}, None, {"mask_lambda": (0.2,), "scaling": (0.1,)})
-    compare.choose(bench, entry, lambda *done, **shown: None)
+    choose(bench, entry, lambda *done, **shown: None)
     rest = {"mask_lambda": (0.3, 0.6), "scaling": (0.4, 0.9)}
     with jax.log_compiles():
-        compare.choose(bench, dataclasses.replace(entry, grid=rest), lambda *done, **shown: None)
+        choose(bench, dataclasses.replace(entry, grid=rest), lambda *done, **shown: None)
         assert not [text for text in caplog.messages if text.startswith("Compiling")]
         jax.jit(lambda x: x * 3.25)(np.ones(7))
         assert [text for text in caplog.messages if text.startswith("Compiling")]
@@ -255,7 +257,7 @@ def test_candidates_after_the_first_compile_nothing(bench, caplog):
 
 def test_rows_of_several_seeds(bench):
     entry = variants.Entry("dare", {"drop": 0.9})
-    row = compare.fit_row(bench, entry, {}, lambda *done, **shown: None)
+    row = fit_row(bench, entry, {}, lambda *done, **shown: None)
     scores, accuracies = [], []
     for seed in range(3):
         key = jax.random.fold_in(jax.random.key(bench.settings["seed"]), seed)
@@ -270,6 +272,10 @@ def test_rows_of_several_seeds(bench):
     np.testing.assert_allclose(row["normalized_accuracy"], sum(scores) / 3, rtol=1e-12)
     spread = (sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5
     np.testing.assert_allclose(row["normalized_accuracy_std"], spread, rtol=1e-9)
+    half_width = 4.302652729749464 * spread / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
+    np.testing.assert_allclose(row["normalized_accuracy_interval"], half_width, rtol=1e-9)
+    worst = [min(accuracy[task] / own[task] for task in own) for accuracy in accuracies]
+    np.testing.assert_allclose(row["worst_normalized_accuracy"], sum(worst) / 3, rtol=1e-12)
     for task, value in row["accuracy"].items():
         np.testing.assert_allclose(value, sum(a[task] for a in accuracies) / 3, rtol=1e-12)
 
@@ -282,7 +288,7 @@ def test_difference_vectors_are_of_the_averaged_model(bench):
     name = experts.float_leaves[-1]
     merged = np.asarray(experts.stacked(name), np.float64).mean(axis=0)
     np.testing.assert_allclose(moved.pretrained(name), merged, rtol=1e-5, atol=1e-6)
-    row = compare.fit_row(
+    row = fit_row(
         bench, variants.Entry("t_switch", {}, "weight_average"), {}, lambda *done, **shown: None
     )
     state = METHODS["t_switch"].fit(moved)
@@ -342,7 +348,7 @@ def test_every_method_runs(tmp_path_factory, tmp_path, capsys):
             assert len(found["trials"]) == entry.num_candidates
             assert found["score"] == max(trial["score"] for trial in found["trials"])
             assert row["variant"].endswith(" (validation)")
-            kept = compare.searched(entry, found["chosen"], _found(found))
+            kept = searched(entry, found["chosen"], _found(found))
             assert json.loads(json.dumps(kept)) == found
     text = capsys.readouterr().out
     assert "+-" in text and "scaling=" in text
@@ -451,3 +457,75 @@ def test_nothing_left_is_an_error(tmp_path_factory, tmp_path, monkeypatch):
     with tiny.world(run.cache), pytest.raises(ValueError, match="all failed"):
         compare.compare(config, tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_experts_of_several_seeds(tmp_path_factory, tmp_path, capsys):
+    """Each seed is a comparison of its own, and the table is of their means."""
+    run = tiny.trained(tmp_path_factory)
+    config = tiny.get_config()
+    config.methods, config.search.enabled, config.num_seeds = "weight_average,dare", False, 2
+    with tiny.world(run.cache):
+        config.expert_seeds = (config.seed, 7)
+        results = compare.compare(config, tmp_path)
+        alone = command_line.as_dict(config)
+        alone.update(seed=7, expert_seeds=())
+        one = compare.compare(ml_collections.ConfigDict(alone), tmp_path / "seed_7")
+    assert f"kept {len(one['rows'])} rows" in capsys.readouterr().err
+    other = json.loads((tmp_path / f"seed_{config.seed}" / "results.json").read_text())
+    assert other["individual"] != one["individual"]
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert (results["expert_seeds"], results["failed"]) == ([config.seed, 7], {})
+    assert [row["method"] for row in results["rows"]] == ["weight_average", *["dare"] * 3]
+    for rows in zip(results["rows"], other["rows"], one["rows"], strict=True):
+        row, *parts = rows
+        scores = [part["normalized_accuracy"] for part in parts]
+        assert row["normalized_accuracies"] == scores
+        np.testing.assert_allclose(row["normalized_accuracy"], np.mean(scores), rtol=1e-12)
+        spread = abs(scores[0] - scores[1]) / 2**0.5
+        np.testing.assert_allclose(row["normalized_accuracy_std"], spread, rtol=1e-9, atol=1e-15)
+        for task, value in row["accuracy"].items():
+            want = np.mean([part["accuracy"][task] for part in parts])
+            np.testing.assert_allclose(value, want, rtol=1e-12)
+    for task, value in results["individual"].items():
+        want = (other["individual"][task] + one["individual"][task]) / 2
+        np.testing.assert_allclose(value, want, rtol=1e-12)
+    page = (tmp_path / "report.html").read_text()
+    assert "experts of 2 seeds" in page
+
+
+def test_rows_that_not_all_seeds_have_are_left_out():
+    def results(seed, *names):
+        rows = [
+            {"entry": name, "accuracy": {"a": 0.5}, "peak_rss_bytes": 1}
+            | dict.fromkeys(
+                ("normalized_accuracy", "worst_normalized_accuracy", "accuracy_ratio", "adr"), seed
+            )
+            | dict.fromkeys(("bytes_per_task", "amr", "seconds_fit"), 1.0)
+            for name in names
+        ]
+        return {
+            "rows": rows,
+            "failed": {} if "emr" in names else {"emr": "KeyError"},
+            "individual": {"a": 1.0},
+            "linear_probe": {},
+            "checkpoint_set": f"vit-{seed}",
+            "identity": str(seed),
+            "seconds": {"fit": 2.0},
+        }
+
+    merged = compare.over_experts({0: results(0, "ties", "emr"), 3: results(3, "ties")})
+    assert [row["entry"] for row in merged["rows"]] == ["ties"]
+    assert merged["rows"][0]["normalized_accuracies"] == [0, 3]
+    assert merged["failed"] == {"seed 3: emr": "KeyError"}
+    assert merged["seconds"] == {"fit": 4.0}
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (-1,), ("a",)])
+def test_bad_expert_seeds(tmp_path, seeds):
+    config = tiny.get_config()
+    config.expert_seeds = seeds
+    config.experts.root = str(tmp_path)
+    with pytest.raises(ValueError) as error:
+        compare.compare(config, tmp_path)
+    assert "expected different integers of 0 or more" in str(error.value)
+    assert "the experts lie in experts.root" in str(error.value)

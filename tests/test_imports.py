@@ -45,6 +45,7 @@ INFRA = {
 }
 RECOVERY = {"recovery", "release"}
 PROGRAMS = {
+    "bench",
     "collection",
     "command_line",
     "compare",

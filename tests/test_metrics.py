@@ -56,7 +56,9 @@ def test_means_over_tasks():
     assert metrics.adr(INDIVIDUAL, INDIVIDUAL) == 0
 
 
-@pytest.mark.parametrize("function", ["normalized_accuracy", "accuracy_ratio", "adr"])
+@pytest.mark.parametrize(
+    "function", ["normalized_accuracy", "worst_normalized_accuracy", "accuracy_ratio", "adr"]
+)
 def test_means_over_tasks_reject(function):
     function = getattr(metrics, function)
     with pytest.raises(ValueError, match="merged: got tasks"):

@@ -37,12 +37,29 @@ def _rows():
     return rows
 
 
+def _front_rows():
+    rows = [
+        {"method": method, "variant": variant.format(size), "task_known": True, "head_known": True}
+        | {"amr": size / 100, "normalized_accuracy": score + size / 100}
+        | {"normalized_accuracy_interval": width}
+        for method, variant, score, width in (
+            ("retex", "budget={}, bits=3", 0.9, 0.01),
+            ("retex", "rank={}", 0.85, None),
+            ("dts_t", "amr={}", 0.8, 0.02),
+        )
+        for size in (4, 0.25, 1)
+    ]
+    few = {"method": "emr", "variant": "", "task_known": True, "head_known": True}
+    return [*rows, few | {"amr": 0.15, "normalized_accuracy": 0.99}]
+
+
 def _all():
     return {
         "bars": plots.accuracy_bars(TASKS, _series(), references=("Individual",)),
         "spectra": plots.spectra({"query": np.arange(8, 0, -1.0)}, rank=4),
         "confusion": plots.confusion(np.eye(6) * 9, TASKS),
         "bytes": plots.bytes_accuracy(_rows()),
+        "fronts": plots.fronts(_front_rows()),
         "times": plots.times({"merge": 0.5, "fit": 61.0}),
     }
 
@@ -263,6 +280,18 @@ def test_bytes_accuracy_rejects_nothing_and_negative():
         plots.bytes_accuracy([{"method": "ties", "bytes_per_task": None}])
     with pytest.raises(ValueError, match="'ties'"):
         plots.bytes_accuracy([{"method": "ties", "bytes_per_task": -1, "normalized_accuracy": 1}])
+
+
+def test_fronts_have_a_curve_for_each_method_of_several_sizes():
+    curves = plots.families(_front_rows())
+    assert list(curves) == ["retex by budget, bits=3", "retex by rank", "dts_t by amr"]
+    assert [row["amr"] for row in curves["retex by rank"]] == [0.0025, 0.01, 0.04]
+    svg = plots.fronts(_front_rows())
+    assert {"retex by budget, bits=3", "retex by rank", "1%", "0.2%"} <= set(_texts(svg))
+    without = plots.fronts([row for row in _front_rows() if row["method"] != "dts_t"])
+    assert svg.count(canvas.PALETTE[2].lower()) > 0 == without.count(canvas.PALETTE[2].lower())
+    with pytest.raises(ValueError, match="3 or more sizes"):
+        plots.fronts(_front_rows()[:2])
 
 
 def test_times_bars_and_texts():

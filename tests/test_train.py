@@ -36,6 +36,7 @@ ROW = {
     "needs": str,
     "accuracy": dict,
     "normalized_accuracy": float,
+    "worst_normalized_accuracy": float,
     "adr": float,
     "amr": float,
     "bytes_per_task": (int, float),
@@ -153,6 +154,7 @@ def test_row_figures_follow_from_its_accuracies_and_bytes(run):
         accuracy = row["accuracy"]
         ratios = [accuracy[name] / individual[name] for name in individual]
         assert row["normalized_accuracy"] == pytest.approx(np.mean(ratios))
+        assert row["worst_normalized_accuracy"] == min(ratios)
         total = sum(accuracy.values()) / sum(individual.values())
         assert row["adr"] == pytest.approx(1 - total)
         assert row["amr"] == pytest.approx(row["bytes_per_task"] / model_bytes)

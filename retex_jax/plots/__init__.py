@@ -9,6 +9,7 @@ points wide: shown at 360 px its letters are 7.5 to 9 px high.
 from retex_jax.plots.accuracy import accuracy_bars, bytes_accuracy
 from retex_jax.plots.canvas import bytes_text, check_available, finite, protocol, seconds_text
 from retex_jax.plots.diagnostics import by_layer, confusion, spectra, times
+from retex_jax.plots.fronts import families, fronts
 
 __all__ = [
     "accuracy_bars",
@@ -17,7 +18,9 @@ __all__ = [
     "bytes_text",
     "check_available",
     "confusion",
+    "families",
     "finite",
+    "fronts",
     "protocol",
     "seconds_text",
     "spectra",

@@ -34,7 +34,7 @@ def render(
     columns = _columns(results, rows)
     meta = " ".join(
         f"<span>{key.replace('_', ' ')} <b>{escape(results[key])}</b></span>"
-        for key in ("checkpoint_set", "device", "seed", "commit")
+        for key in ("checkpoint_set", "device", "seed", "expert_seeds", "commit")
         if results.get(key) is not None
     )
     main = _main(rows)
@@ -49,9 +49,9 @@ def render(
         f'<span class="key lower"></span>. {recovered}Click a heading to sort.</p>',
         task_table(tasks, columns, results["individual"]),
         "<h2>All methods</h2>",
-        "<p>Normalized accuracy is the mean over tasks of accuracy / Individual; ADR the accuracy "
-        "drop against Individual; AMR the bytes stored per task / the bytes of one model."
-        f"{_seeds(rows)}</p>",
+        "<p>Normalized accuracy is the mean over tasks of accuracy / Individual, and that of the worst "
+        "task beside it; ADR the accuracy drop against Individual; AMR the bytes stored per task / the "
+        f"bytes of one model.{_seeds(results)}</p>",
         "<p><b>Task known</b>: weights and head of the true task. "
         "<b>Backbone routed, own head</b>: the identifier picks the weights, the head is the true "
         "task's. <b>Nothing known</b>: the identifier picks both, and a wrong task counts as an "
@@ -108,8 +108,12 @@ def _leaf_figures(method: str, leaves: Mapping[str, Mapping[str, Any]]) -> list[
     ]
 
 
-def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+def _seeds(results: Mapping[str, Any]) -> str:
     """Returns what the numbers after a plus-minus sign are, if there are any."""
+    rows = results["rows"]
+    if results.get("expert_seeds"):
+        number = len(results["expert_seeds"])
+        return f" Mean \N{PLUS-MINUS SIGN} standard deviation over experts of {number} seeds."
     counts = sorted({len(row["seeds"]) for row in rows if len(row.get("seeds") or ()) > 1})
     if not counts:
         return ""
@@ -175,6 +179,11 @@ def _figures(
             "and those that no other beats at their size are named."
         )
         figures.append(_figure("Accuracy against bytes", text, plots.bytes_accuracy(rows)))
+    if plots.families(rows):
+        text = "Methods at three or more sizes, with the task known."
+        if any(plots.finite(row.get("normalized_accuracy_interval")) for row in rows):
+            text += " Bars are 95% confidence intervals of the mean (Student's t)."
+        figures.append(_figure("Accuracy against size", text, plots.fronts(rows)))
     if spectra:
         rank = plots.finite((results.get("offsets") or {}).get("rank"))
         rank = int(rank) if rank is not None and rank >= 1 else None

@@ -35,6 +35,7 @@ def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the table of all result rows: what each was told, needs, reaches and costs."""
     numbers = (
         ("Normalized accuracy", "normalized_accuracy", lambda x: percent(x, digits=2)),
+        ("Worst task", "worst_normalized_accuracy", lambda x: percent(x, digits=2)),
         ("ADR", "adr", lambda x: percent(x, digits=2)),
         ("Bytes per task", "bytes_per_task", plots.bytes_text),
         ("AMR", "amr", lambda x: percent(x, digits=2)),
