@@ -100,10 +100,13 @@ def get_config() -> ConfigDict:
                 },
             },
             "identifier": {
-                "rank": 8,
+                "kind": "subspace",  # see retex_jax.identifier.IDENTIFIERS
+                "rank": 8,  # of "subspace", as "center"
                 "layer": 0,  # block whose mean token is the feature; 0: the pooled output
+                "layers": (),  # several of them instead of `layer`
                 "center": True,
                 "normalize": False,
+                "options": {},  # further keywords of the identifier's fit
                 "num_calibration": 200,  # unlabelled training inputs a task
             },
             # Of methods that need data; see retex_jax.calibration.

@@ -25,7 +25,7 @@ from retex_jax import (
     release,
     tree,
 )
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS
 from retex_jax.methods import METHODS
 
 _MEASURES = {
@@ -206,7 +206,7 @@ def unknown_rows(
       suite: what to evaluate on.
       variant: for the rows.
       state: merged model and offsets.
-      identifier: signatures and their layer.
+      identifier: its state, its layers and its kind.
       seconds_fit: for the rows.
 
     Returns:
@@ -220,7 +220,8 @@ def unknown_rows(
     with_head, without_head, confusion = protocols.unknown(
         prediction, suite.heads, names, mixed["task"], mixed["label"]
     )
-    stored = offsets.offset_bytes(state) + tree.param_bytes(identifier.signatures)
+    method = IDENTIFIERS[identifier.kind]
+    stored = offsets.offset_bytes(state) + method.bytes(identifier.state)
     rows = [
         result_row(
             "retex",
@@ -229,7 +230,7 @@ def unknown_rows(
             suite.individual,
             task_known=False,
             head_known=head_known,
-            needs=subspace.NEEDS,
+            needs=method.needs,
             bytes_per_task=stored / len(suite.tasks),
             model_bytes=tree.param_bytes(state.merged),
             identification_accuracy=float(confusion.trace() / confusion.sum()),

@@ -115,6 +115,21 @@ def offset_size(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**size, **{name: spec[name] for name in names}}
 
 
+def identifier_options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of the identifier's fit; those of its own win.
+
+    Args:
+      spec: settings["identifier"].
+    """
+    names = ("rank", "center", "normalize") if spec["kind"] == "subspace" else ("normalize",)
+    return {**{name: spec[name] for name in names}, **spec["options"]}
+
+
+def identifier_layer(spec: Mapping[str, Any]) -> int | tuple[int, ...]:
+    """The layers of settings["identifier"]: several, or one."""
+    return tuple(spec["layers"]) or spec["layer"]
+
+
 def finetune_settings(settings: Settings) -> dict[str, Any]:
     """The keywords of `finetune.finetune`."""
     return {**settings["finetune"], "seed": settings["seed"]}

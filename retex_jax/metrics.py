@@ -41,6 +41,95 @@ def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, num_classes: i
     return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def precision(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of the inputs predicted positive that are: 0 if none is predicted.
+
+    Args:
+      predictions: whether an input is taken as positive, bool [n].
+      labels: whether it is, bool [n].
+
+    Raises:
+      ValueError: if the arrays differ in shape or are empty, or no label is positive.
+    """
+    hits, predicted, _ = _hits(predictions, labels)
+    return hits / predicted if predicted else 0.0
+
+
+def recall(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of the positive inputs that are predicted positive; see `precision`."""
+    hits, _, positive = _hits(predictions, labels)
+    return hits / positive
+
+
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Harmonic mean of precision and recall, 0 if both are; see `precision`."""
+    hits, predicted, positive = _hits(predictions, labels)
+    return 2 * hits / (predicted + positive)
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a positive input scores higher than a negative one; ties count half.
+
+    Args:
+      scores: larger means positive, [n].
+      labels: whether an input is positive, bool [n].
+
+    Raises:
+      ValueError: if the arrays differ in shape, a score is not finite, or one of the classes is empty.
+    """
+    positive, negative = _counts(scores, labels)
+    if not negative.sum():
+        raise ValueError("labels: all are positive, expected both kinds")
+    below = np.cumsum(negative) - negative
+    wins = np.sum(positive * (below + negative / 2))
+    return float(wins / (positive.sum() * negative.sum()))
+
+
+def aupr(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Average precision: the sum over distinct thresholds of precision times the gain in recall.
+
+    Inputs of equal score pass a threshold together, so that their order does not matter.
+
+    Args:
+      scores: larger means positive, [n].
+      labels: whether an input is positive, bool [n].
+
+    Raises:
+      ValueError: if the arrays differ in shape, a score is not finite, or no label is positive.
+    """
+    positive, negative = (counts[::-1] for counts in _counts(scores, labels))
+    hits = np.cumsum(positive)
+    precisions = hits / (hits + np.cumsum(negative))
+    return float(np.sum(precisions * positive) / positive.sum())
+
+
+def _hits(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
+    """Inputs that are predicted positive and are, that are predicted, and that are."""
+    accuracy(predictions, labels)  # checks the shapes
+    predicted, positive = np.asarray(predictions, bool), np.asarray(labels, bool)
+    if not positive.any():
+        raise ValueError("labels: none is positive")
+    return int(np.sum(predicted & positive)), int(predicted.sum()), int(positive.sum())
+
+
+def _counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positive and negative inputs of each distinct score, ascending."""
+    scores, positive = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if scores.shape != positive.shape or scores.ndim != 1 or not np.isfinite(scores).all():
+        raise ValueError(
+            f"scores: got shape {scores.shape}, expected finite numbers of the shape of labels, "
+            f"{positive.shape}, of one axis"
+        )
+    if not positive.any():
+        raise ValueError("labels: none is positive")
+    values, places = np.unique(scores, return_inverse=True)
+    count = len(values)
+    return (
+        np.bincount(places[positive], minlength=count),
+        np.bincount(places[~positive], minlength=count),
+    )
+
+
 def normalized_accuracy(merged: Mapping[str, float], individual: Mapping[str, float]) -> float:
     """Mean over tasks of merged / individual accuracy (ReTeX, section 5).
 

@@ -11,6 +11,7 @@ import numpy as np
 from retex_jax import data, experiment, models, offsets, plots, pretrained, tree
 from retex_jax.experiment import Settings
 from retex_jax.experts import ExpertSet
+from retex_jax.identifier import IDENTIFIERS
 from retex_jax.mergers import MERGERS
 from retex_jax.offsets import adam, exact
 from retex_jax.offsets.state import plan_leaves
@@ -59,10 +60,13 @@ _REQUIRED = (
     "offsets.base_options",
     "offsets.exact",
     "offsets.adam",
+    "identifier.kind",
     "identifier.rank",
     "identifier.layer",
+    "identifier.layers",
     "identifier.center",
     "identifier.normalize",
+    "identifier.options",
     "identifier.num_calibration",
     "calibration.num_inputs",
     "calibration.batch_size",
@@ -290,20 +294,42 @@ def _method_problems(settings: Settings, model: Any) -> list[str]:
 
 def _identifier_problems(settings: Settings, model: Any) -> list[str]:
     spec, config = settings["identifier"], model.config
+    problems = [
+        f"identifier.{name}: got {layer}, expected 1 to {config.num_layers}, "
+        "or 0 for the pooled output"
+        for name, layers in (("layer", (spec["layer"],)), ("layers", spec["layers"]))
+        for layer in layers
+        if not 0 <= layer <= config.num_layers
+    ]
+    if spec["kind"] not in IDENTIFIERS:
+        hint = tree.did_you_mean(spec["kind"], IDENTIFIERS)
+        known = sorted(IDENTIFIERS)
+        return [*problems, f"identifier.kind: got {spec['kind']!r}, expected one of {known}{hint}"]
+    options = experiment.identifier_options(spec)
+    found = IDENTIFIERS[spec["kind"]].problems(options)
+    problems += [f"identifier.options.{line}" for line in found]
+    return problems + _size_problems(options, spec["num_calibration"], config.width)
+
+
+def _size_problems(options: Mapping[str, Any], num_calibration: int, width: int) -> list[str]:
+    """What an identifier's options ask of more inputs or of wider features than there are."""
     problems = []
-    if not 0 <= spec["layer"] <= config.num_layers:
+    rank, num_inputs = options.get("rank", 1), options.get("num_inputs") or 0
+    if not 1 <= rank < num_calibration:
         problems.append(
-            f"identifier.layer: got {spec['layer']}, expected 1 to {config.num_layers}, "
-            "or 0 for the pooled output"
+            f"identifier.rank: got {rank}, expected 1 to num_calibration - 1 = {num_calibration - 1}"
         )
-    if not 1 <= spec["rank"] < spec["num_calibration"]:
+    elif rank >= width:
+        problems.append(f"identifier.rank: got {rank}, expected less than the features' {width}")
+    if num_inputs > num_calibration:
         problems.append(
-            f"identifier.rank: got {spec['rank']}, expected 1 to num_calibration - 1 = "
-            f"{spec['num_calibration'] - 1}"
+            f"identifier.options.num_inputs: got {num_inputs}, expected at most num_calibration = "
+            f"{num_calibration}"
         )
-    elif spec["rank"] >= config.width:
+    if options.get("score") == "distance" and options.get("k", 10) > num_calibration:
         problems.append(
-            f"identifier.rank: got {spec['rank']}, expected less than the features' {config.width}"
+            f"identifier.options.k: got {options.get('k', 10)}, expected at most num_calibration = "
+            f"{num_calibration}"
         )
     return problems
 

@@ -112,7 +112,7 @@ def predict_unknown(
     Args:
       model: Linen module.
       state: merged model and offsets.
-      identifier: signatures and their layer.
+      identifier: its state, its layers and its kind; one that needs the experts is given the recovered ones.
       inputs: input arrays [n, ...] only: labels and true tasks have no place here.
       batch_size: B.
 
@@ -124,10 +124,12 @@ def predict_unknown(
     """
     if leaked := {"task", "label"} & set(inputs):
         raise ValueError(f"inputs: got {sorted(leaked)}, expected nothing but what the model reads")
-    task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size)
-    features = recovery.run_grouped(
-        model, lambda task: offsets.recover(state, task), inputs, task_ids, batch_size
-    )
+
+    def recover(task: int) -> Params:
+        return offsets.recover(state, task)
+
+    task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size, recover)
+    features = recovery.run_grouped(model, recover, inputs, task_ids, batch_size)
     return Unknown(task_ids, features)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import data, models
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS
 from retex_jax.typing import Array, Params
 
 Examples = Mapping[str, np.ndarray]
@@ -30,16 +30,18 @@ before the last, with tanh between: "pooler" and "classifier", or "dense" and "o
 
 @dataclass(frozen=True)
 class Identifier:
-    """SVD signatures, and where their features come from.
+    """A fitted identifier, and where its features come from.
 
     Attributes:
-      signatures: the tasks' subspaces.
-      layer: block of the merged model after which the mean token is taken, 1 to num_layers; 0 means the
-        pooled output.
+      state: of the identifier.
+      layer: block after which the mean token is taken, 1 to num_layers; 0 means the pooled output. Several
+        for a state of several layers.
+      kind: name in `IDENTIFIERS`.
     """
 
-    signatures: subspace.Signatures
-    layer: int
+    state: Any
+    layer: int | tuple[int, ...]
+    kind: str = "subspace"
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -102,23 +104,80 @@ def logits(head: Head, features: Array) -> np.ndarray:
     return np.asarray(apply_head(head, features))
 
 
-def identify(
-    model: Any, merged: Params, identifier: Identifier, examples: Examples, batch_size: int
+def identifier_features(
+    model: Any,
+    params: Params,
+    examples: Examples,
+    batch_size: int,
+    layer: int | tuple[int, ...],
 ) -> np.ndarray:
-    """Picks each example's task by the merged model's features.
+    """The features of one layer, or of several in one pass; see `run`.
+
+    Returns:
+      [n, d], or [n, L, d] for a tuple of L layers, float32.
+    """
+    if isinstance(layer, int):
+        return run(model, params, examples, batch_size, layer=layer)
+    names = model.example_batch()
+    inputs = {name: array for name, array in examples.items() if name in names}
+    depth = None if 0 in layer else max(layer)
+    order = data.by_length(inputs)
+    outputs = []
+    for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
+        features = _apply(model, params, data.trim(batch), depth)
+        chosen = [features.layers[i - 1] if i else features.pooled for i in layer]
+        outputs.append(np.stack([np.asarray(part)[valid] for part in chosen], axis=1))
+    return np.concatenate(outputs)[np.argsort(order)]
+
+
+def task_scores(
+    model: Any,
+    merged: Params,
+    identifier: Identifier,
+    examples: Examples,
+    batch_size: int,
+    recover: Callable[[int], Params] | None = None,
+) -> np.ndarray:
+    """How likely each example is of each task.
 
     Args:
       model: Linen module.
       merged: the merged parameters.
-      identifier: the signatures and their layer.
+      identifier: its state, its layers and its kind.
       examples: input arrays [n, ...].
       batch_size: B.
+      recover: task id -> parameters of the expert; for identifiers that need the experts.
 
     Returns:
-      Task ids [n], int32.
+      [n, T], float32; larger is likelier.
+
+    Raises:
+      ValueError: if the identifier needs the experts and there is no `recover`.
     """
-    features = run(model, merged, examples, batch_size, layer=identifier.layer)
-    return np.asarray(subspace.scores(identifier.signatures, features)).argmax(axis=1).astype("i4")
+    method, layer = IDENTIFIERS[identifier.kind], identifier.layer
+    if not method.needs_experts:
+        features = identifier_features(model, merged, examples, batch_size, layer)
+        return np.asarray(method.scores(identifier.state, features))
+    if recover is None:
+        raise ValueError(f"recover: got None, but {identifier.kind!r} needs every expert")
+    features = [
+        identifier_features(model, recover(task), examples, batch_size, layer)
+        for task in range(identifier.state.num_tasks)
+    ]
+    return np.asarray(method.scores(identifier.state, np.stack(features)))
+
+
+def identify(
+    model: Any,
+    merged: Params,
+    identifier: Identifier,
+    examples: Examples,
+    batch_size: int,
+    recover: Callable[[int], Params] | None = None,
+) -> np.ndarray:
+    """Picks each example's task by `task_scores`: task ids [n], int32."""
+    scores = task_scores(model, merged, identifier, examples, batch_size, recover)
+    return scores.argmax(axis=1).astype("i4")
 
 
 def run_grouped(

@@ -1,4 +1,4 @@
-"""The released form of a run: merged model, offsets, signatures and heads in one checked artefact."""
+"""The released form of a run: merged model, offsets, identifier and heads in one checked artefact."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import artifact, offsets, tree
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS
+from retex_jax.identifier import serialization as identifiers
 from retex_jax.identifier.subspace import Signatures
 from retex_jax.offsets import FitReport, OffsetState, serialization
 from retex_jax.recovery import Head, Identifier
@@ -24,7 +25,7 @@ class Release:
 
     Attributes:
       state: merged model and offsets.
-      identifier: signatures and their layer.
+      identifier: its state, its layers and its kind.
       heads: task name to head, in task order.
       metadata: facts of the run: "settings", "individual", "checkpoint_set", "commit", "results".
     """
@@ -37,15 +38,16 @@ class Release:
 
 def save(directory: str | os.PathLike[str], release: Release) -> int:
     """Writes artifact.safetensors and manifest.json; returns their bytes."""
-    state, signatures = release.state, release.identifier.signatures
+    state, identifier = release.state, release.identifier
     report = state.report
+    identifier_tensors, identifier_facts = identifiers.to_tensors(identifier.state)
     factors, forms = serialization.to_tensors(state.offsets)
     tensors = tree.flatten(
         {
             "merged": state.merged,
             "task_embeddings": state.task_embeddings,
             "offsets": tree.unflatten(factors),
-            "identifier": {"centers": signatures.centers, "bases": signatures.bases},
+            "identifier": tree.unflatten(identifier_tensors),
             "heads": release.heads,
         }
     )
@@ -54,7 +56,11 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
         "layout": state.layout,
         "tasks": list(release.heads),
         "forms": forms,
-        "identifier": {"layer": release.identifier.layer, "normalize": signatures.normalize},
+        "identifier": {
+            "kind": identifier.kind,
+            "layer": identifier.layer,
+            "state": identifier_facts,
+        },
         "report": {
             "residuals": report.residuals,
             "optima": {name: _finite(value) for name, value in report.optima.items()},
@@ -88,13 +94,17 @@ def load(directory: str | os.PathLike[str]) -> Release:
         report=FitReport(report["residuals"], optima, report["energies"], {}),
         layout=metadata["layout"],
     )
-    signatures = Signatures(
-        parts["identifier"]["centers"],
-        parts["identifier"]["bases"],
-        metadata["identifier"]["normalize"],
-    )
+    identifier = _identifier(tree.flatten(parts["identifier"]), metadata["identifier"])
     heads = {name: parts["heads"][name] for name in metadata["tasks"]}
-    return Release(state, Identifier(signatures, metadata["identifier"]["layer"]), heads, metadata)
+    return Release(state, identifier, heads, metadata)
+
+
+def _identifier(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> Identifier:
+    if "kind" not in facts:  # released before there was more than one
+        signatures = Signatures(tensors["centers"], tensors["bases"], facts["normalize"])
+        return Identifier(signatures, facts["layer"])
+    layer = facts["layer"] if isinstance(facts["layer"], int) else tuple(facts["layer"])
+    return Identifier(identifiers.from_tensors(tensors, facts["state"]), layer, facts["kind"])
 
 
 def add_task(
@@ -114,8 +124,8 @@ def add_task(
       name: of the new task.
       expert: its backbone, nested dict like the merged model.
       head: its classifier.
-      features: of unlabelled inputs of the task, [n, d], float32: the merged model's, from the identifier's layer
-        (see `recovery.run`).
+      features: of unlabelled inputs of the task, [n, d] or [n, L, d], float32: the merged model's, or the new
+        expert's if the identifier needs the experts, from its layers (see `recovery.identifier_features`).
       budget: what its offset may take; see `offsets.add_task`.
       **options: of `offsets.add_task`.
 
@@ -123,24 +133,19 @@ def add_task(
       The release with the task as the last one; what it holds of the others is the same to the last bit.
 
     Raises:
-      ValueError: if there is such a task, or as `offsets.add_task` and `subspace.fit`.
+      ValueError: if there is such a task, the identifier has to be fitted anew (a router), or as
+        `offsets.add_task` and the identifier's fit.
     """
     if name in release.heads:
         raise ValueError(f"name: {name!r} is a task of the release: {sorted(release.heads)}")
+    known = release.identifier
+    identified = IDENTIFIERS[known.kind].add(known.state, features)
     state = offsets.add_task(release.state, expert, budget=budget, **options)
-    signatures = release.identifier.signatures
-    own = subspace.fit(
-        [features],
-        signatures.bases.shape[1],
-        center=bool(np.any(signatures.centers)),
-        normalize=signatures.normalize,
-    )
-    return _with(
+    return replace(
         release,
-        state,
-        jnp.concatenate([signatures.centers, own.centers]),
-        jnp.concatenate([signatures.bases, own.bases]),
-        {**release.heads, name: head},
+        state=state,
+        identifier=replace(known, state=identified),
+        heads={**release.heads, name: head},
     )
 
 
@@ -154,22 +159,15 @@ def remove_task(release: Release, name: str) -> Release:
         hint = tree.did_you_mean(name, release.heads)
         raise ValueError(f"name: got {name!r}, expected one of {list(release.heads)}{hint}")
     task = list(release.heads).index(name)
-    signatures = release.identifier.signatures
-    return _with(
+    state = offsets.remove_task(release.state, task)
+    others = [other for other in range(len(release.heads)) if other != task]
+    known = release.identifier
+    return replace(
         release,
-        offsets.remove_task(release.state, task),
-        jnp.delete(signatures.centers, task, axis=0),
-        jnp.delete(signatures.bases, task, axis=0),
-        {task: head for task, head in release.heads.items() if task != name},
+        state=state,
+        identifier=replace(known, state=IDENTIFIERS[known.kind].take(known.state, others)),
+        heads={task: head for task, head in release.heads.items() if task != name},
     )
-
-
-def _with(
-    release: Release, state: OffsetState, centers: Array, bases: Array, heads: dict[str, Head]
-) -> Release:
-    signatures = replace(release.identifier.signatures, centers=centers, bases=bases)
-    identifier = Identifier(signatures, release.identifier.layer)
-    return replace(release, state=state, identifier=identifier, heads=heads)
 
 
 def _finite(value: float) -> float | None:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from retex_jax.experts import ExpertSet
 from retex_jax.typing import ProgressFn
 
 Grid = Mapping[str, Sequence[Any]]
@@ -84,7 +83,7 @@ class SearchResult:
 
 def grid(
     method_fit: Callable[..., Any],
-    experts: ExpertSet,
+    experts: Any,
     values: Grid,
     score: Callable[[Any], float | Sequence[float]],
     *,
@@ -99,7 +98,7 @@ def grid(
 
     Args:
       method_fit: (experts, *, key, ...) -> state.
-      experts: the experts.
+      experts: what every fit gets first: an ExpertSet, or the features of an identifier.
       values: option name to the values to try; the last option varies fastest. Without options, the
         one candidate is the method's defaults.
       score: state -> validation score, higher is better; one number, or one a task, whose mean decides.
@@ -145,7 +144,7 @@ def grid(
 
 def _try(
     method_fit: Callable[..., Any],
-    experts: ExpertSet,
+    experts: Any,
     options: Mapping[str, Any],
     fixed: Mapping[str, Any],
     score: Callable[[Any], float | Sequence[float]],

@@ -36,7 +36,7 @@ from retex_jax import (
     report,
 )
 from retex_jax.experts import ExpertSet
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS
 from retex_jax.methods import METHODS
 
 _UNFINISHED = "unfinished"
@@ -90,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         with clock(phase := f"fit retex {variant}"):
             state = fit_offsets(settings, experts, key, writer, workdir)
         with clock("fit identifier"):
-            identifier = fit_identifier(settings, backbone.model, state, tasks)
+            identifier = fit_identifier(settings, backbone.model, state, tasks, key)
         seconds = clock.seconds[phase]
         with clock("evaluate"):
             rows.append(evaluate.known_row(suite, "retex", variant, state, seconds))
@@ -195,23 +195,23 @@ def fit_identifier(
     model: Any,
     state: offsets.OffsetState,
     tasks: Sequence[data.Task],
+    key: jax.Array,
 ) -> recovery.Identifier:
-    """Fits one signature a task on the merged model's features of unlabelled training inputs."""
+    """Fits the identifier on features of unlabelled training inputs, the merged model's or the experts'."""
     spec = settings["identifier"]
+    method, layer = IDENTIFIERS[spec["kind"]], experiment.identifier_layer(spec)
     features = [
-        recovery.run(
+        recovery.identifier_features(
             model,
-            state.merged,
+            offsets.recover(state, index) if method.needs_experts else state.merged,
             data.take(task.splits["train"], np.arange(spec["num_calibration"])),
             settings["evaluate"]["batch_size"],
-            layer=spec["layer"],
+            layer,
         )
-        for task in tasks
+        for index, task in enumerate(tasks)
     ]
-    signatures = subspace.fit(
-        features, spec["rank"], center=spec["center"], normalize=spec["normalize"]
-    )
-    return recovery.Identifier(signatures, spec["layer"])
+    fitted = method.fit(features, key=key, **experiment.identifier_options(spec))
+    return recovery.Identifier(fitted, layer, spec["kind"])
 
 
 def summary(

@@ -1,11 +1,13 @@
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from retex_jax import data, evaluate, experts, offsets, protocols, recovery, tree
+from retex_jax import data, evaluate, experts, offsets, protocols, recovery, train, tree
+from retex_jax.identifier import IDENTIFIERS
 
 NAMES = ["first", "second"]
 # Heads on two features. first: class 0 if x > y else 1. second: class 0, 1, 2 by -x, x, y.
@@ -38,6 +40,24 @@ def unknown_rows(run, tasks):
     """Rows with the head known and with nothing known, and the confusion matrix."""
     released, suite = run.released, tiny.suite(run)._replace(tasks=tasks)
     return evaluate.unknown_rows(suite, "v", released.state, released.identifier, 1.5)
+
+
+@pytest.mark.parametrize("kind", IDENTIFIERS)
+def test_any_identifier_is_fitted_and_evaluated(run, kind):
+    settings = tiny.settings_with(("identifier.kind", kind), ("identifier.layers", [1, 2]))
+    state = run.released.state
+    identifier = train.fit_identifier(
+        settings, run.backbone.model, state, run.tasks, jax.random.key(0)
+    )
+    assert (identifier.kind, identifier.layer) == (kind, (1, 2))
+    suite = tiny.suite(run)
+    rows, confusion = evaluate.unknown_rows(suite, "v", state, identifier, 1.5)
+    method = IDENTIFIERS[kind]
+    assert confusion.trace() / confusion.sum() > 0.9  # the tasks differ in brightness
+    for row in rows:
+        assert row["needs"] == method.needs
+        stored = offsets.offset_bytes(state) + tree.param_bytes(identifier.state)
+        assert row["bytes_per_task"] == pytest.approx(stored / 3)
 
 
 def labels_of(images, labels):

@@ -1,5 +1,11 @@
 import numpy as np
 import pytest
+import references_identifier
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from retex_jax import metrics
 
@@ -77,3 +83,81 @@ def test_amr():
     for sizes in [(1, 0), (1, -1), (-1, 1)]:
         with pytest.raises(ValueError, match="bytes"):
             metrics.amr(*sizes)
+
+
+def _ties(seed):
+    """Scores of few values, and labels of both kinds."""
+    rng = np.random.default_rng(seed)
+    labels = rng.random(rng.integers(2, 40)) < 0.4
+    labels[:2] = True, False
+    return np.round(rng.normal(labels, 1), int(rng.integers(0, 3))), labels
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranking_equals_counting_pairs_and_scikit_learn(seed):
+    scores, labels = _ties(seed)
+    found = metrics.auroc(scores, labels), metrics.aupr(scores, labels)
+    assert found[0] == pytest.approx(references_identifier.auroc(scores, labels), abs=1e-12)
+    want = references_identifier.average_precision(scores, labels)
+    assert found[1] == pytest.approx(want, abs=1e-12)
+    assert found == pytest.approx(
+        (roc_auc_score(labels, scores), average_precision_score(labels, scores)), abs=1e-12
+    )
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert (
+        metrics.auroc(scores[order], labels[order]),
+        metrics.aupr(scores[order], labels[order]),
+    ) == found
+    assert metrics.auroc(-scores, labels) == pytest.approx(1 - found[0], abs=1e-12)
+
+
+def test_ranking_by_hand():
+    labels = np.array([True, False, True, False])
+    assert metrics.auroc(np.array([4, 3, 2, 1]), labels) == 0.75
+    assert metrics.aupr(np.array([4, 3, 2, 1]), labels) == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics.auroc(np.zeros(4), labels) == metrics.aupr(np.zeros(4), labels) == 0.5
+    assert metrics.auroc(np.array([9, 1, 8, 2]), labels) == 1
+    assert metrics.aupr(np.array([9, 1, 8, 2]), labels) == 1
+    assert metrics.aupr(np.array([1, 0]), np.array([True, True])) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_detection_equals_scikit_learn(seed):
+    scores, labels = _ties(seed)
+    predictions = scores > 0.5
+    found = [
+        measure(predictions, labels) for measure in (metrics.precision, metrics.recall, metrics.f1)
+    ]
+    want = precision_recall_fscore_support(labels, predictions, average="binary", zero_division=0)
+    assert found == pytest.approx(list(want[:3]), abs=1e-12)
+
+
+def test_detection_by_hand():
+    labels = np.array([1, 1, 1, 0, 0], bool)
+    predictions = np.array([1, 1, 0, 1, 0], bool)
+    assert metrics.precision(predictions, labels) == pytest.approx(2 / 3)
+    assert metrics.recall(predictions, labels) == pytest.approx(2 / 3)
+    assert metrics.f1(np.array([1, 0, 0, 1, 0]), labels) == pytest.approx(0.4)
+    nothing = np.zeros(5, bool)
+    assert [m(nothing, labels) for m in (metrics.precision, metrics.recall, metrics.f1)] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_detection_rejects():
+    for measure in (metrics.precision, metrics.recall, metrics.f1):
+        with pytest.raises(ValueError, match="predictions: got shape"):
+            measure(np.ones(2, bool), np.ones(3, bool))
+        with pytest.raises(ValueError, match="labels: none is positive"):
+            measure(np.ones(2, bool), np.zeros(2, bool))
+    for measure in (metrics.auroc, metrics.aupr):
+        for scores in (np.ones(2), np.array([1, np.nan, 2]), np.ones((3, 1))):
+            with pytest.raises(ValueError, match="scores: got shape"):
+                measure(scores, np.ones(3, bool))
+        for count in (0, 2):
+            with pytest.raises(ValueError, match="labels: none is positive"):
+                measure(np.zeros(count), np.zeros(count, bool))
+    with pytest.raises(ValueError, match="labels: all are positive"):
+        metrics.auroc(np.zeros(2), np.ones(2, bool))

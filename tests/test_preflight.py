@@ -57,6 +57,10 @@ def test_tiny_experiment_can_run(world):
         ("identifier.layer", -1, "identifier.layer: got -1, expected 1 to 2, or 0"),
         ("identifier.rank", 0, "identifier.rank: got 0, expected 1 to num_calibration - 1 = 39"),
         ("identifier.rank", 40, "identifier.rank: got 40, expected 1 to num_calibration - 1 = 39"),
+        ("identifier.layers", [1, 3], "identifier.layers: got 3, expected 1 to 2, or 0"),
+        ("identifier.kind", "subspce", "(did you mean 'subspace'?)"),
+        ("identifier.options", {"whten": 1}, "identifier.options.whten: unknown, expected some"),
+        ("identifier.options", {"shrinkage": 2}, "identifier.options.shrinkage: got 2"),
     ],
 )
 def test_each_problem_is_reported(world, path, value, said):
@@ -85,6 +89,28 @@ def test_what_would_fail_after_hours_is_reported_before(world, path, value, said
     if value == "bert":  # random weights, and so no tokenizer
         changes += [("model.options", {}), ("tasks", ["notes"]), ("identifier.num_calibration", 40)]
     assert any(said in line for line in problems(*changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("router", {"kind": "deep"}, "identifier.options.kind: got 'deep'"),
+        ("router", {"num_inputs": 41}, "num_inputs: got 41, expected at most num_calibration = 40"),
+        ("router", {"rank": 3}, "identifier.options.rank: unknown"),
+        ("neighbors", {"k": 0}, "identifier.options.k: got 0"),
+        (
+            "neighbors",
+            {"k": 41, "score": "distance"},
+            "k: got 41, expected at most num_calibration",
+        ),
+        ("mahalanobis", {"shrinkage": -1}, "identifier.options.shrinkage: got -1"),
+    ],
+)
+def test_options_of_other_identifiers_are_checked(world, kind, options, said):
+    changes = [("identifier.kind", kind), ("identifier.rank", 0)]  # which is of the subspaces alone
+    preflight.check(tiny.settings_with(*changes, ("identifier.layers", [0, 1, 2])))
+    (found,) = problems(*changes, ("identifier.options", options))
+    assert said in found
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from retex_jax import models, offsets, protocols, recovery, tree
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS, subspace
 
 BATCH = 32
 
@@ -79,13 +79,44 @@ def test_logits_by_hand():
 def test_identify_takes_the_largest_score_of_the_merged_model(run, apply):
     inputs, released = mixed(run, 13), run.released
     features = apply(released.state.merged, inputs["image"]).layers[released.identifier.layer - 1]
-    scores = subspace.scores(released.identifier.signatures, features)
+    scores = subspace.scores(released.identifier.state, features)
     found = recovery.identify(
         run.backbone.model, released.state.merged, released.identifier, inputs, BATCH
     )
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, np.asarray(scores).argmax(axis=1))
     assert set(found) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", IDENTIFIERS)
+@pytest.mark.parametrize("layer", [1, (1, 2), (2, 0)])
+def test_any_identifier_on_any_layers(run, apply, kind, layer):
+    method, merged = IDENTIFIERS[kind], run.released.state.merged
+    inputs, layers = mixed(run, 13), (layer,) if isinstance(layer, int) else layer
+
+    def chosen(params, images):
+        whole = apply(params, images)
+        parts = [np.asarray(whole.layers[i - 1] if i else whole.pooled) for i in layers]
+        return parts[0] if isinstance(layer, int) else np.stack(parts, axis=1)
+
+    params = [recover(run)(task) if method.needs_experts else merged for task in range(3)]
+    calibration = [
+        chosen(one, task.splits["train"]["image"][:40])
+        for one, task in zip(params, run.tasks, strict=True)
+    ]
+    options = {"rank": 3} if kind == "subspace" else {"epochs": 5} if kind == "router" else {}
+    identifier = recovery.Identifier(method.fit(calibration, **options), layer, kind)
+    every = [chosen(one, inputs["image"]) for one in params]
+    features = np.stack(every) if method.needs_experts else every[0]
+    found = recovery.task_scores(run.backbone.model, merged, identifier, inputs, 5, recover(run))
+    np.testing.assert_allclose(
+        found, method.scores(identifier.state, features), rtol=1e-3, atol=1e-3
+    )
+    task_ids = recovery.identify(run.backbone.model, merged, identifier, inputs, 5, recover(run))
+    np.testing.assert_array_equal(task_ids, found.argmax(axis=1))
+    if method.needs_experts:
+        with pytest.raises(ValueError, match="recover: got None, but 'mahalanobis' needs every"):
+            recovery.identify(run.backbone.model, merged, identifier, inputs, 5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from retex_jax import artifact, evaluate, offsets, recovery, release, tree
-from retex_jax.identifier import subspace
+from retex_jax.identifier import IDENTIFIERS, subspace
 from retex_jax.offsets.coding import code
 from retex_jax.offsets.forms import Elementwise, Product, Separate
 from retex_jax.offsets.serialization import to_tensors
@@ -27,8 +27,8 @@ def leaves_of(released):
         **{f"offsets/{name}": leaf for name, leaf in to_tensors(state.offsets)[0].items()},
         **{f"head/{name}": leaf for name, leaf in tree.flatten(released.heads).items()},
         "embeddings": state.task_embeddings,
-        "centers": identifier.signatures.centers,
-        "bases": identifier.signatures.bases,
+        "centers": identifier.state.centers,
+        "bases": identifier.state.bases,
     }
 
 
@@ -78,7 +78,7 @@ def test_saved_release_is_loaded_bit_by_bit(tmp_path, embeddings):
         np.testing.assert_array_equal(after[name], leaf)
     assert list(loaded.heads) == ["z", "a", "m"]
     assert loaded.identifier.layer == 1
-    assert loaded.identifier.signatures.normalize is True
+    assert loaded.identifier.state.normalize is True
     assert loaded.state.layout == saved.state.layout
     assert loaded.metadata["commit"] == "abc"
     report, kept = saved.state.report, loaded.state.report
@@ -90,18 +90,55 @@ def test_saved_release_is_loaded_bit_by_bit(tmp_path, embeddings):
         jax.tree.map(np.testing.assert_array_equal, want, found)
     features = np.random.default_rng(5).normal(size=(4, 5)).astype("f4")
     np.testing.assert_array_equal(
-        subspace.scores(saved.identifier.signatures, features),
-        subspace.scores(loaded.identifier.signatures, features),
+        subspace.scores(saved.identifier.state, features),
+        subspace.scores(loaded.identifier.state, features),
     )
 
 
 def test_signature_options_are_kept(tmp_path):
     saved = small()
-    signatures = dataclasses.replace(saved.identifier.signatures, normalize=False)
+    signatures = dataclasses.replace(saved.identifier.state, normalize=False)
     identifier = recovery.Identifier(signatures, 0)
     release.save(tmp_path, dataclasses.replace(saved, identifier=identifier))
     loaded = release.load(tmp_path).identifier
-    assert (loaded.layer, loaded.signatures.normalize) == (0, False)
+    assert (loaded.layer, loaded.state.normalize) == (0, False)
+
+
+@pytest.mark.parametrize("kind", IDENTIFIERS)
+@pytest.mark.parametrize("layer", [2, (1, 2)])
+def test_any_identifier_is_released(tmp_path, kind, layer):
+    rng = np.random.default_rng(0)
+    shape = (9, 5) if isinstance(layer, int) else (9, 2, 5)
+    features = [rng.normal(size=shape).astype("f4") for _ in range(3)]
+    options = {"rank": 2} if kind == "subspace" else {"epochs": 1} if kind == "router" else {}
+    method, saved = IDENTIFIERS[kind], small()
+    identifier = recovery.Identifier(method.fit(features, **options), layer, kind)
+    state = dataclasses.replace(saved.state, task_embeddings=jnp.eye(3))
+    release.save(tmp_path, dataclasses.replace(saved, state=state, identifier=identifier))
+    loaded = release.load(tmp_path)
+    assert (loaded.identifier.kind, loaded.identifier.layer) == (kind, layer)
+    leaves = (jax.tree.leaves(one.state) for one in (identifier, loaded.identifier))
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one, other)
+    fewer = release.remove_task(loaded, "a").identifier
+    assert fewer.state.num_tasks == 2
+    want = jax.tree.leaves(method.take(identifier.state, [0, 2]))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(fewer.state), want)
+
+
+def test_releases_of_before_there_were_kinds_are_read(tmp_path):
+    saved = small()
+    release.save(tmp_path, saved)
+    tensors, metadata = artifact.load(tmp_path)
+    metadata["identifier"] = {"layer": 1, "normalize": True}
+    artifact.save(tmp_path / "old", tensors, metadata)
+    loaded = release.load(tmp_path / "old").identifier
+    assert (loaded.kind, loaded.layer) == ("subspace", 1)
+    assert loaded.state.normalize is True
+    for name in ("centers", "bases"):
+        np.testing.assert_array_equal(
+            getattr(loaded.state, name), getattr(saved.identifier.state, name)
+        )
 
 
 def test_unknown_optimum_is_kept_unknown(tmp_path):
@@ -122,7 +159,7 @@ def test_a_task_is_added_and_removed_without_the_other_experts(run, tmp_path):
     names = list(loaded.heads)
     expert = offsets.recover(loaded.state, 0)
     expert = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, expert)
-    width = loaded.identifier.signatures.centers.shape[1]
+    width = loaded.identifier.state.centers.shape[1]
     features = np.random.default_rng(0).normal(size=(64, width)).astype("f4")
     head = loaded.heads[names[0]]
     with pytest.raises(ValueError, match=f"name: '{names[0]}' is a task of the release"):
@@ -145,7 +182,7 @@ def test_a_task_is_added_and_removed_without_the_other_experts(run, tmp_path):
     fewer = release.remove_task(loaded, names[1])
     assert list(fewer.heads) == [names[0], *names[2:]]
     np.testing.assert_array_equal(
-        fewer.identifier.signatures.centers, np.delete(loaded.identifier.signatures.centers, 1, 0)
+        fewer.identifier.state.centers, np.delete(loaded.identifier.state.centers, 1, 0)
     )
 
 

@@ -1,5 +1,26 @@
 """Identifiers: which task does an input of unknown task belong to?"""
 
-from retex_jax.identifier import subspace
+from retex_jax.identifier import (
+    mahalanobis,
+    neighbors,
+    out_of_distribution,
+    router,
+    selection,
+    shared_mahalanobis,
+    subspace,
+    weights,
+)
+from retex_jax.identifier.registry import IDENTIFIERS, IdentifierMethod
 
-__all__ = ["subspace"]
+__all__ = [
+    "IDENTIFIERS",
+    "IdentifierMethod",
+    "mahalanobis",
+    "neighbors",
+    "out_of_distribution",
+    "router",
+    "selection",
+    "shared_mahalanobis",
+    "subspace",
+    "weights",
+]

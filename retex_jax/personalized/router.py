@@ -3,7 +3,7 @@
 "mlp" is Twin-Merging's (arXiv:2406.15479, section 3.4; layers, dropout, batch norm and optimiser as in the
 authors' code: d -> 2d -> 2d -> T, batch norm and LeakyReLU and dropout 0.5 after the first two; Adam,
 gradients clipped to norm 1, learning rate falling linearly to 0, batches of 1024, 50 epochs).
-"linear" is SMEAR's (arXiv:2306.03745, section 3; a layer norm before it as in the authors' code).
+"linear" is SMEAR's (arXiv:2306.03745, section 3; a layer norm before it as in the authors' code, or none).
 
 The authors of Twin-Merging keep the epoch of the best accuracy *on the test set*, a leak. Here a part of the
 calibration inputs of each task is held out and chooses: the best accuracy, and of those the lowest loss. Few held-out
@@ -66,15 +66,18 @@ class Linear(nn.Module):
 
     Attributes:
       num_tasks: T.
+      layer_norm: whether there is the layer norm.
     """
 
     num_tasks: int
+    layer_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps features [B, d] to logits [B, T]."""
         del train
-        x = nn.LayerNorm(use_bias=False, use_scale=False)(x)
+        if self.layer_norm:
+            x = nn.LayerNorm(use_bias=False, use_scale=False)(x)
         return nn.Dense(self.num_tasks, kernel_init=nn.initializers.normal(0.01), name="out")(x)
 
 
@@ -86,10 +89,12 @@ class Router:
     Attributes:
       variables: of the Linen module: "params", and "batch_stats" where it has a batch norm.
       kind: "mlp" or "linear".
+      layer_norm: of "linear".
     """
 
     variables: Params
     kind: Kind = field(metadata={"static": True})
+    layer_norm: bool = field(default=True, metadata={"static": True})
 
 
 def logits(router: Router, features: Array) -> jax.Array:
@@ -105,7 +110,7 @@ def logits(router: Router, features: Array) -> jax.Array:
     params = router.variables["params"]
     num_tasks = params["out"]["bias"].shape[0]
     if router.kind == "linear":
-        module: nn.Module = Linear(num_tasks)
+        module: nn.Module = Linear(num_tasks, router.layer_norm)
     else:
         hidden = params["hidden_0"]["bias"].shape[0]
         module = Mlp(hidden, num_tasks, "batch_stats" in router.variables)
@@ -124,6 +129,7 @@ def fit(
     *,
     kind: Kind = "mlp",
     batch_norm: bool = True,
+    layer_norm: bool = True,
     dropout: float = 0.5,
     learning_rate: float = 5e-4,
     epochs: int = 50,
@@ -138,6 +144,7 @@ def fit(
       key: typed PRNG key; the same key gives the same router.
       kind: "mlp" or "linear".
       batch_norm: of "mlp".
+      layer_norm: of "linear".
       dropout: of "mlp", in [0, 1).
       learning_rate: at the start.
       epochs: passes over the inputs.
@@ -151,12 +158,24 @@ def fit(
       ValueError: if an option is out of range or a task has fewer than 2 inputs; all are listed.
       FloatingPointError: if a loss is not finite.
     """
-    _check(features, names, kind, dropout, learning_rate, epochs, batch_size, held_out)
+    problems = option_problems(
+        kind=kind,
+        dropout=dropout,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        held_out=held_out,
+    )
+    few = [name for name, array in zip(names, features, strict=True) if len(array) < 2]
+    if few:
+        problems.append(f"calibration: tasks {few} have 1 input, expected 2: one is held out")
+    if problems:
+        raise ValueError("\n".join(problems))
     order = sorted(range(len(names)), key=names.__getitem__)
     init_key, split_key, key = jax.random.split(key, 3)
     arrays = [np.asarray(features[task], np.float32) for task in order]
     (x, y), (held_x, held_y) = _split(arrays, split_key, held_out)
-    module: Any = Linear(len(names))
+    module: Any = Linear(len(names), layer_norm)
     if kind == "mlp":
         module = Mlp(2 * x.shape[1], len(names), batch_norm, dropout)
     variables: Any = module.init(init_key, x[:1])
@@ -175,19 +194,19 @@ def fit(
         score = (float(accuracy), -float(held_loss))
         if score > best:
             best, best_variables = score, variables
-    return Router(_reordered(best_variables, np.argsort(order)), kind)
+    return Router(reordered(best_variables, np.argsort(order)), kind, layer_norm)
 
 
-def _check(
-    features: Sequence[Array],
-    names: Sequence[str],
+def option_problems(
+    *,
     kind: str,
     dropout: float,
     learning_rate: float,
     epochs: int,
     batch_size: int,
     held_out: float,
-) -> None:
+) -> list[str]:
+    """What is wrong with options of `fit`."""
     problems = []
     if kind not in ("mlp", "linear"):
         problems.append(f"kind: got {kind!r}, expected 'mlp' or 'linear'")
@@ -201,11 +220,7 @@ def _check(
         problems.append(f"batch_size: got {batch_size!r}, expected 1 or more")
     if not 0 < held_out < 1:
         problems.append(f"held_out: got {held_out!r}, expected a fraction in (0, 1)")
-    few = [name for name, array in zip(names, features, strict=True) if len(array) < 2]
-    if few:
-        problems.append(f"calibration: tasks {few} have 1 input, expected 2: one is held out")
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
 
 
 _Part = tuple[np.ndarray, np.ndarray]
@@ -278,8 +293,8 @@ def _programs(
     return optimizer.init, train_epoch, measure
 
 
-def _reordered(variables: Any, columns: np.ndarray) -> Params:
-    """Puts the outputs of the last layer into another order."""
+def reordered(variables: Any, columns: np.ndarray) -> Params:
+    """Takes some outputs of the last layer, in this order."""
     params = dict(variables["params"])
     last = params["out"]
     params["out"] = {"kernel": last["kernel"][:, columns], "bias": last["bias"][columns]}
