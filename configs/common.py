@@ -10,6 +10,12 @@ def budgeted(*fractions: float) -> tuple[tuple[str, dict], ...]:
     return tuple(("retex", {"budget": fraction, **form}) for fraction in fractions)
 
 
+def activation_aware(*fractions: float) -> tuple[tuple[str, dict, dict], ...]:
+    """As `budgeted`, with errors weighed by what layers read as far as is best on validation data."""
+    grid = {"shrinkage": (1.0, 0.5, 0.1, 0.01)}
+    return tuple((method, options, grid) for method, options in budgeted(*fractions))
+
+
 def pareto(config: ConfigDict) -> ConfigDict:
     """An experiment's comparison at 0.15% to 4% of the model a task: our form, the paper's three, and DTS.
 
@@ -68,7 +74,8 @@ def get_config() -> ConfigDict:
             # Of retex_jax.compare: "all", or names of retex_jax.METHODS joined by commas.
             "methods": "all",
             "method_options": {},  # name: options that differ; they are not searched
-            "extra_variants": (),  # further rows: (name, options)
+            # Further rows: (name, options), or (name, options, what is searched: option to values).
+            "extra_variants": (),
             "num_seeds": 3,  # of methods that are random
             "expert_seeds": (),  # instead of `seed`: the comparison on experts of each, and their means
             # A further row with the options that are best on the first validation inputs of each task.

@@ -54,9 +54,9 @@ class Bench:
         count = self.settings["search"]["num_inputs"]
         return protocols.validation(self.suite, count, self.collected.experts.expert_params)
 
-    def data_options(self, method: str) -> dict[str, Any]:
+    def data_options(self, entry: Entry) -> dict[str, Any]:
         """The keywords of a fit that needs data."""
-        split = NEEDS[METHODS[method].needs]
+        split = NEEDS[entry.fit_needs]
         return {"calibration": self.calibrations[split]} if split else {}
 
 
@@ -103,7 +103,7 @@ def choose(bench: Bench, entry: Entry, update: Update) -> search.SearchResult:
         entry.grid,
         validation_score(bench.validation, entry.method, task),
         key=bench.key(0),
-        fixed={**entry.options, **bench.data_options(entry.method)},
+        fixed={**entry.options, **bench.data_options(entry)},
         progress=candidate,
     )
 
@@ -113,7 +113,7 @@ def fit_row(
 ) -> dict[str, Any]:
     """Fits an entry with each of its seeds and evaluates it on test inputs; a row of results.json."""
     method, clock = METHODS[entry.method], bench.clock
-    options = {**entry.options, **chosen, **bench.data_options(entry.method)}
+    options = {**entry.options, **chosen, **bench.data_options(entry)}
     experts, numbers, rows = bench.experts(entry.origin), seeds(entry, bench.settings), []
     names = (bench.suite, entry.method, entry.variant(chosen))
     for done, seed in enumerate(numbers, start=1):

@@ -40,6 +40,8 @@ SEARCH_NEEDS = "labelled validation inputs"
 
 Random = Callable[[Mapping[str, Any]], bool]
 
+Needs = Callable[[Mapping[str, Any]], str]
+
 
 def _never(options: Mapping[str, Any]) -> bool:
     return False
@@ -62,7 +64,7 @@ class Method:
       fit: (experts, *, key=None, ...) -> state.
       recover: (state, task) -> params, a nested dict like the pretrained model. A static merger
         ignores the task.
-      needs: the data that `fit` takes: one of `NEEDS`.
+      needs: the data that `fit` takes: one of `NEEDS`; by default, where options decide.
       extra_bytes: state -> bytes stored beside one merged model, for all tasks.
       mix: (state, weights [T]) -> params, for methods that can mix experts; else None.
       paper_amr: state -> additional memory rate a task by the paper's own accounting; None where the
@@ -71,6 +73,7 @@ class Method:
         the functions of a `Calibration`. None for others.
       leaves: state -> ranks and residuals by kind of leaf and layer, for pictures; None where there are none.
       random: options -> whether `fit` uses its key with them, so that another key gives another state.
+      option_needs: options -> the data that `fit` takes with them; None where it is `needs` with any.
     """
 
     fit: Callable[..., Any]
@@ -82,6 +85,11 @@ class Method:
     predict: Callable[..., Any] | None = None
     leaves: Callable[[Any], Any] | None = None
     random: Random = _never
+    option_needs: Needs | None = None
+
+    def needs_with(self, options: Mapping[str, Any]) -> str:
+        """The data that `fit` takes with these options: one of `NEEDS`."""
+        return self.needs if self.option_needs is None else self.option_needs(options)
 
 
 def _static(fit: Callable[..., Params], needs: str = "none", random: Random = _never) -> Method:
@@ -133,5 +141,8 @@ METHODS: dict[str, Method] = {
         mix=offsets.mix,
         leaves=offsets.by_kind,
         random=lambda options: options.get("solver") == "adam" or _by_base(options),
+        option_needs=lambda options: (
+            "none" if options.get("shrinkage", 1) == 1 else "calibration inputs"
+        ),
     ),
 }

@@ -1,5 +1,6 @@
 """What `retex_jax.compare` fits: the variants of the methods, and what an experiment makes of them."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,9 +42,19 @@ class Entry:
         return math.prod(len(values) for values in self.grid.values()) if self.grid else 0
 
     @property
+    def fit_needs(self) -> str:
+        """What the fit needs with some of the options that are tried."""
+        method = METHODS[self.method]
+        needs = {
+            method.needs_with({**self.options, **dict(zip(self.grid, values, strict=True))})
+            for values in itertools.product(*self.grid.values())
+        }
+        return max(needs, key=lambda need: need != "none")
+
+    @property
     def needs(self) -> str:
         """What the fit needs, and what the choice of options needs."""
-        parts = [METHODS[self.method].needs, SEARCH_NEEDS if self.grid else "none"]
+        parts = [self.fit_needs, SEARCH_NEEDS if self.grid else "none"]
         return "; ".join(part for part in parts if part != "none") or "none"
 
     def variant(self, chosen: Mapping[str, Any] | None = None) -> str:
@@ -115,7 +126,7 @@ def plan(settings: Settings) -> list[Entry]:
     Args:
       settings: `methods` is "all" or names joined by commas; `method_options` has options of a
         method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank` and
-        `offsets.extra_ranks`; then come `extra_variants`.
+        `offsets.extra_ranks`; then come `extra_variants`, those with a grid of their own if `search` is enabled.
 
     Returns:
       In the order of the table, no two of one name.
@@ -137,7 +148,7 @@ def plan(settings: Settings) -> list[Entry]:
     given_names = {
         "methods": names,
         "method_options": settings["method_options"],
-        "extra_variants": [method for method, _ in settings["extra_variants"]],
+        "extra_variants": [method for method, *_ in settings["extra_variants"]],
     }
     for setting, given in given_names.items():
         if unknown := [name for name in given if name not in METHODS]:
@@ -148,16 +159,22 @@ def plan(settings: Settings) -> list[Entry]:
     offsets = settings["offsets"]
     ranks = sorted({offsets["rank"], *offsets["extra_ranks"]})
     further = [Entry("retex", {"rank": rank}) for rank in ranks]
-    further += [Entry(method, options) for method, options in settings["extra_variants"]]
+    is_searched = settings["search"]["enabled"]
+    further += [
+        Entry(method, options, grid=grid[0] if grid else {})
+        for method, options, *grid in settings["extra_variants"]
+        if is_searched or not grid
+    ]
     entries: dict[str, Entry] = {}
     for variant in (*VARIANTS, *further):
         if variant.method not in names:
             continue
         given = settings["method_options"].get(variant.method, {})
-        entry = replace(variant, options={**variant.options, **given})
+        rest = {name: values for name, values in variant.grid.items() if name not in given}
+        entry = replace(variant, options={**variant.options, **given}, grid=rest)
         entries.setdefault(entry.name, entry)
         grid = search.published_grid(entry.method, entry.options, fixed=given)
-        if grid and settings["search"]["enabled"] and entry.origin is None:
+        if grid and is_searched and entry.origin is None:
             rest = {name: value for name, value in entry.options.items() if name not in grid}
             searched = replace(entry, options=rest, grid=grid)
             entries.setdefault(searched.name, searched)

@@ -64,6 +64,20 @@ def test_further_variants_come_last(settings):
         variants.plan(settings)
 
 
+def test_a_further_variant_may_name_what_is_searched(settings):
+    grid = {"shrinkage": [1.0, 0.1]}
+    settings["extra_variants"] = [["retex", {"rank": 3}], ["retex", {"rank": 3}, grid]]
+    settings["methods"] = "retex"
+    plain, searched = variants.plan(settings)[-2:]
+    assert (plain.name, searched.name) == ("retex rank=3", "retex rank=3, shrinkage (validation)")
+    assert (plain.grid, searched.grid) == ({}, grid)
+    settings["method_options"] = {"retex": {"shrinkage": 0.5}}
+    (found,) = (entry for entry in variants.plan(settings) if entry.options["rank"] == 3)
+    assert (found.name, found.grid) == ("retex rank=3, shrinkage=0.5", {})
+    settings |= {"method_options": {}, "search": {"enabled": False, "num_inputs": 8}}
+    assert variants.plan(settings)[-1] == plain
+
+
 def test_plan_lists_every_problem(settings):
     settings |= {"num_seeds": 0, "search": {"enabled": True, "num_inputs": 0}}
     settings["method_options"] = {"tie": {}}
@@ -242,6 +256,22 @@ def test_a_search_ends_in_the_row_of_its_best_options(bench):
     assert row["variant"] == f"mask_lambda={words} (validation)"
     assert row["needs"] == "labelled validation inputs"
     assert (row["seeds"], row["normalized_accuracy_std"]) == ([0], None)
+
+
+def test_what_is_searched_may_need_data(bench):
+    grid = {"shrinkage": (1.0, 0.1)}
+    entry = variants.Entry("retex", {"rank": 2, "bits": 3}, grid=grid)
+    found = choose(bench, entry, lambda done, **shown: None)
+    assert [trial.error for trial in found.trials] == [None, None]
+    row = fit_row(bench, entry, {"shrinkage": 0.1}, lambda *done, **shown: None)
+    state = METHODS["retex"].fit(
+        bench.experts(None), rank=2, bits=3, calibration=bench.calibrations["train"], shrinkage=0.1
+    )
+    want = protocols.known(bench.suite, lambda task: METHODS["retex"].recover(state, task))
+    assert row["accuracy"] == want
+    assert row["needs"] == "calibration inputs; labelled validation inputs"
+    plain = variants.Entry("retex", {"rank": 2})
+    assert bench.data_options(plain) == {}
 
 
 def test_candidates_after_the_first_compile_nothing(bench, caplog):

@@ -24,33 +24,23 @@ Numerics: G_t in float32 at the highest matmul precision on the device; sums ove
 the equations in float64 on the host.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration, require
+from retex_jax.calibration import (
+    Calibration,
+    LinearInputs,
+    require,
+    require_linear_inputs,
+    second_moments,
+)
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.average import average_leaf
 from retex_jax.mergers.leafwise import merge_leaves
 from retex_jax.typing import Batch, Params
-
-LinearInputs = Callable[[Params, Batch], Mapping[str, jax.Array]]
-
-
-def gram(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """X^T X, and the number of rows that are not entirely zero.
-
-    Args:
-      inputs: X, [N, in], float32.
-
-    Returns:
-      [in, in], float32, and [], int32.
-    """
-    product = jnp.matmul(inputs.T, inputs, precision=jax.lax.Precision.HIGHEST)
-    return product, jnp.sum(jnp.any(inputs != 0, axis=1), dtype=jnp.int32)
 
 
 def scale_off_diagonals(gram: np.ndarray, alpha: float) -> np.ndarray:
@@ -139,13 +129,13 @@ def fit(
     if problems:
         raise ValueError("\n".join(problems))
     calibration = require(calibration, "regmean", experts.num_tasks)
-    if calibration.linear_inputs is None:
-        raise ValueError("calibration.linear_inputs: got None, but regmean needs them")
+    linear_inputs = require_linear_inputs(calibration, "regmean")
 
-    shapes = _matrices(experts, calibration.linear_inputs, calibration.batches[0])
+    shapes = _matrices(experts, linear_inputs, calibration.batches[0])
     solved: dict[str, np.ndarray] = {}
     for names in _groups(shapes, group_bytes):
-        solved |= _regress(experts, calibration, {name: shapes[name] for name in names}, alpha)
+        group = {name: shapes[name] for name in names}
+        solved |= _regress(experts, linear_inputs, calibration.batches, group, alpha)
 
     def merge_leaf(name: str) -> jax.Array:
         mean = average_leaf(experts.stacked(name))
@@ -207,35 +197,20 @@ def _groups(shapes: Mapping[str, tuple[int, int]], group_bytes: int) -> list[lis
 
 def _regress(
     experts: ExpertSet,
-    calibration: Calibration,
+    linear_inputs: LinearInputs,
+    batches: Sequence[Iterable[Batch]],
     shapes: Mapping[str, tuple[int, int]],
     alpha: float,
 ) -> dict[str, np.ndarray]:
     """The merged kernels of one group, [in, out], float32."""
-    linear_inputs = calibration.linear_inputs
-    assert linear_inputs is not None
-
-    @jax.jit
-    def gather(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-        inputs = linear_inputs(params, batch)
-        return {name: gram(inputs[name]) for name in shapes}
-
+    moments_of = second_moments(linear_inputs, shapes)
     gram_sums = {name: np.zeros((rows, rows)) for name, (rows, _) in shapes.items()}
     moments = {name: np.zeros(shape) for name, shape in shapes.items()}
     for task, expert in enumerate(experts.names):
-        params = jax.tree.map(jnp.asarray, experts.expert_params(task))
-        gathered = None
-        for batch in calibration.batches[task]:
-            found = gather(params, batch)
-            gathered = found if gathered is None else jax.tree.map(jnp.add, gathered, found)
-        assert gathered is not None
-        for name, shape in shapes.items():
-            total, count = gathered.pop(name)
-            whole = np.asarray(total, np.float64) / max(int(count), 1)
-            if not np.isfinite(whole).all():
-                raise ValueError(f"{expert}: the inputs of {name} have values that are NaN or Inf")
+        params = experts.expert_params(task)
+        for name, whole in moments_of(expert, params, batches[task]):
             scaled = scale_off_diagonals(whole, alpha)
-            kernel = np.asarray(experts.expert(name, task), np.float64).reshape(shape)
+            kernel = np.asarray(experts.expert(name, task), np.float64).reshape(shapes[name])
             gram_sums[name] += scaled
             moments[name] += scaled @ kernel
     solved = {}

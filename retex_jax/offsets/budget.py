@@ -67,7 +67,7 @@ def spectra(offsets: jax.Array, task_weights: np.ndarray, sharing: Sharing = "au
     """Measures one leaf.
 
     Args:
-      offsets: D_t, [T, a, b], float32.
+      offsets: D_t, [T, a, b], float32; whitened ones (`activations.whiten`) for the gains of their metric.
       task_weights: [T].
       sharing: decides which of the spectra are needed.
 

@@ -19,8 +19,9 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
+from retex_jax.offsets import activations
 from retex_jax.offsets.coding import Stored, check_bits, code, dense
-from retex_jax.offsets.forms import Elementwise, Form, Product
+from retex_jax.offsets.forms import Elementwise, Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import Array, FlatParams, Params, ProgressFn
@@ -153,6 +154,7 @@ def fit(
     bits: int = 32,
     vector_bits: int = 32,
     task_weights: Array | None = None,
+    roots: Mapping[str, Array] | None = None,
     precision: Precision = "float64",
     group_bytes: int = 1 << 28,
     progress: ProgressFn | None = None,
@@ -168,6 +170,8 @@ def fit(
       vector_bits: of an entry of the offsets below two axes.
       task_weights: [T]: a task's squared error counts times the square of its weight, in the solution and in
         the report; 1 when not given.
+      roots: L by leaf, [b, b], from `activations.roots`: the leaf's errors, in the solution and in the report,
+        are those of D_t L. Leaves without one, or all when not given, are solved in plain L2.
       precision: see `solve_group`.
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
       progress: called with (leaves done, leaves).
@@ -182,34 +186,49 @@ def fit(
     base = tree.flatten(merged)
     weights = np.ones(experts.num_tasks) if task_weights is None else np.asarray(task_weights)
     weights = jnp.asarray(weights, jnp.float32)
+    roots = {} if roots is None else roots
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
     add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
-    keys = {name: (plan.solved_shape, plan.rank, plan.orientation) for name, plan in shared.items()}
+    keys = {
+        name: (plan.solved_shape, plan.rank, plan.orientation, name in roots)
+        for name, plan in shared.items()
+    }
     stack_bytes = 4 * experts.num_tasks
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
     done = 0
     for group in [*groups, *([name] for name in separate)]:
         stack = jnp.stack([difference_matrices(experts, base, name, plans[name]) for name in group])
         if group[0] in shared:
-            weighted = stack * weights[:, None, None]
+            orientation = plans[group[0]].orientation
+            root = activations.stack_roots(roots, group)
+            weighted = activations.whiten(stack, root, orientation) * weights[:, None, None]
             solution = solve_group(weighted, plans[group[0]].rank, precision=precision)
             generators: Stored = solution.task_factors / weights[:, None, None]
             shared_factors: Stored = solution.shared_factor
+            if root is not None and orientation == "right":
+                shared_factors = activations.unwhiten(shared_factors, root)
+            elif root is not None:
+                transposed = shared_factors.swapaxes(-1, -2)[:, None]
+                generators = jnp.matmul(stack, transposed, precision="highest")
             if bits < 32:
-                coded = code_group(stack, solution.shared_factor, weights, bits)
+                coded = code_group(stack, shared_factors, weights, bits, root, orientation)
                 generators, shared_factors, residual = coded
                 solution = solution._replace(residual=residual)
-            products = Product(generators, shared_factors, plans[group[0]].orientation)
+            elif root is not None:
+                stored = (stack, generators, shared_factors)
+                residual = activations.residuals(*stored, root, orientation, weights)
+                solution = solution._replace(residual=residual)
+            products = Product(generators, shared_factors, orientation)
             for index, name in enumerate(group):
                 offsets[name] = jax.tree.map(lambda stacked, index=index: stacked[index], products)
             add_to_report(report, group, solution)
         else:
             (name,) = group
             ranks = separate[name].task_ranks or ()
-            solved = solve_separate(stack[0], ranks, np.asarray(weights), bits)
+            solved = solve_separate(stack[0], ranks, np.asarray(weights), bits, roots.get(name))
             offsets[name] = solved.form
             report.residuals[name], report.optima[name] = solved.residual, solved.optimum
             report.energies[name] = solved.energy
@@ -222,9 +241,14 @@ def fit(
     return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)
 
 
-@jax.jit(static_argnames="bits")
+@jax.jit(static_argnames=("bits", "orientation"))
 def code_group(
-    offsets: jax.Array, shared_factors: jax.Array, task_weights: jax.Array, bits: int
+    offsets: jax.Array,
+    shared_factors: jax.Array,
+    task_weights: jax.Array,
+    bits: int,
+    roots: jax.Array | None = None,
+    orientation: Orientation = "right",
 ) -> tuple[Stored, Stored, jax.Array]:
     """Stores the factors of leaves of one shape in few bits.
 
@@ -236,20 +260,26 @@ def code_group(
       shared_factors: S, [G, r, b], float32.
       task_weights: [T], float32.
       bits: of an entry.
+      roots: L, [G, b, b], of the metric of an activation-aware fit; None for plain L2.
+      orientation: as `activations.whiten` takes it; without roots it does not matter.
 
     Returns:
-      Task factors [G, T, a, r], shared factors [G, r, b], and weighted residuals [G].
+      Task factors [G, T, a, r], shared factors [G, r, b], and weighted residuals [G], in the metric.
     """
 
-    def code_leaf(stack: jax.Array, shared: jax.Array) -> tuple[Stored, Stored, jax.Array]:
+    def code_leaf(
+        stack: jax.Array, shared: jax.Array, root: jax.Array | None
+    ) -> tuple[Stored, Stored, jax.Array]:
         coded = code(shared, bits, axis=-1)
         basis = jnp.asarray(dense(coded))
+        if root is not None and orientation == "right":
+            stack, basis, root = activations.whiten(stack, root, orientation), basis @ root, None
         generator = code_factors(stack, basis, bits)
-        error = task_weights[:, None, None] * (stack - dense(generator) @ basis)
-        return generator, coded, jnp.sum(error**2)
+        error = activations.whiten(stack - dense(generator) @ basis, root, orientation)
+        return generator, coded, jnp.sum((task_weights[:, None, None] * error) ** 2)
 
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(code_leaf)(offsets, shared_factors)
+        return jax.vmap(code_leaf)(offsets, shared_factors, roots)
 
 
 def code_factors(offsets: jax.Array, shared: jax.Array, bits: int) -> Stored:

@@ -9,15 +9,25 @@ import jax
 import numpy as np
 
 from retex_jax import tree
+from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS
-from retex_jax.offsets import adam, affine, alternating, exact, factorized, shape_shared, tucker
+from retex_jax.offsets import (
+    activations,
+    adam,
+    affine,
+    alternating,
+    exact,
+    factorized,
+    shape_shared,
+    tucker,
+)
 from retex_jax.offsets import budget as budgets
 from retex_jax.offsets.coding import coded_bytes
 from retex_jax.offsets.forms import Orientation
 from retex_jax.offsets.generator import LearnedForm
 from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
-from retex_jax.typing import Params
+from retex_jax.typing import Array, Params
 
 _RANK = 64
 
@@ -42,6 +52,8 @@ def fit(
     budget: float | None = None,
     sharing: budgets.Sharing = "shared",
     task_weights: Literal["equal", "energy"] | Sequence[float] = "equal",
+    calibration: Calibration | None = None,
+    shrinkage: float = 1.0,
     solver: Literal["exact", "adam"] = "exact",
     base: str | Params = "weight_average",
     base_options: Mapping[str, Any] | None = None,
@@ -49,9 +61,9 @@ def fit(
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
 
-    Needs no data. Leaves below two axes are recovered exactly (by "adam": as far as it gets; in few bits, with
-    form "shape_shared" or a small `d_emb`: as well as these can). Size is given by `rank`, as in the paper, or
-    by `budget`.
+    Needs no data, but for a `shrinkage` below 1. Leaves below two axes are recovered exactly (by "adam": as far as
+    it gets; in few bits, with form "shape_shared" or a small `d_emb`: as well as these can). Size is given by
+    `rank`, as in the paper, or by `budget`.
 
     Args:
       experts: the experts.
@@ -74,6 +86,10 @@ def fit(
         whichever leaves less error.
       task_weights: of the tasks' errors: "equal"; "energy": each task's error relative to its own offset, so
         that tasks of small offsets do not starve; or T positive numbers. By "exact" only.
+      calibration: unlabelled training inputs of every task, and `linear_inputs`; not used at shrinkage 1.
+      shrinkage: above 0, at most 1. Below 1 the errors of a linear layer are weighed by what it reads, the less
+        the nearer to 1 (see `retex_jax.offsets.activations`), when ranks are chosen, in the solution and in the
+        report; 1 is plain L2. By "exact" with form "product" only.
       solver: "exact" (the closed form or, for "factorized", "affine" and a small d_emb, alternating exact
         steps that never raise the error) or "adam" (the paper's loop).
       base: name of a merger, or a merged model (nested dict like the pretrained one).
@@ -94,8 +110,10 @@ def fit(
     if rank is None:
         rank = _RANK if budget is None else 1
     problems += _form_problems(form, task_rank, d_emb, rank, budget, task_weights, solver)
+    problems += _shrinkage_problems(shrinkage, form, d_emb, solver)
     if problems:
         raise ValueError("\n".join(problems))
+    weighing = None if shrinkage == 1 else require(calibration, activations.NAME, experts.num_tasks)
     is_tucker = solver == "exact" and d_emb is not None
     function = adam.fit if solver == "adam" else tucker.fit if is_tucker else _EXACT[form]
     _check_options(solver_options, function)
@@ -121,9 +139,10 @@ def fit(
     if form != "product":
         return _EXACT[form](experts, merged, plans, **solver_options)
     weights = _weights(experts, merged, task_weights)
+    roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
     if budget is not None:
-        plans = _spend(experts, merged, plans, weights, budget, sharing, solver_options)
-    return exact.fit(experts, merged, plans, task_weights=weights, **solver_options)
+        plans = _spend(experts, merged, plans, weights, roots, budget, sharing, solver_options)
+    return exact.fit(experts, merged, plans, task_weights=weights, roots=roots, **solver_options)
 
 
 def _problems(
@@ -187,6 +206,17 @@ def _form_problems(
     return problems
 
 
+def _shrinkage_problems(shrinkage: Any, form: str, d_emb: Any, solver: str) -> list[str]:
+    if not 0 < shrinkage <= 1:
+        return [f"shrinkage: got {shrinkage!r}, expected a number above 0, at most 1"]
+    if shrinkage < 1 and (solver == "adam" or form != "product" or d_emb is not None):
+        return [
+            f"shrinkage: got {shrinkage!r}, which solver 'exact' takes with form 'product', without d_emb; "
+            "expected 1"
+        ]
+    return []
+
+
 def _weighted(task_weights: Any) -> bool:
     return not isinstance(task_weights, str) or task_weights != "equal"
 
@@ -222,6 +252,7 @@ def _spend(
     merged: Params,
     plans: dict[str, LeafPlan],
     weights: np.ndarray,
+    roots: Mapping[str, Array],
     budget: float,
     sharing: budgets.Sharing,
     options: Mapping[str, Any],
@@ -242,12 +273,11 @@ def _spend(
             f"{fixed} at vector_bits = {vector_bits}"
         )
     base = tree.flatten(merged)
-    measured = {
-        name: budgets.spectra(
-            exact.difference_matrices(experts, base, name, plan), weights, sharing
-        )
-        for name, plan in plans.items()
-    }
+    measured = {}
+    for name, plan in plans.items():
+        offsets = exact.difference_matrices(experts, base, name, plan)
+        offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
+        measured[name] = budgets.spectra(offsets, weights, sharing)
     return budgets.allocate(plans, measured, total - fixed, bits=bits, sharing=sharing)
 
 
@@ -258,6 +288,7 @@ def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> 
         "plans",
         "key",
         "task_weights",
+        "roots",
         "form",
         "task_rank",
         "d_emb",

@@ -6,14 +6,17 @@ equal error depends on how far the tasks' subspaces overlap; `budget.allocate` d
 matrices, their eigenvectors and residuals are float64.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retex_jax.offsets import activations
 from retex_jax.offsets.coding import code, dense
 from retex_jax.offsets.forms import Separate
+from retex_jax.typing import Array
 
 
 class SeparateSolution(NamedTuple):
@@ -33,7 +36,11 @@ class SeparateSolution(NamedTuple):
 
 
 def solve(
-    offsets: jax.Array, ranks: tuple[int, ...], task_weights: np.ndarray, bits: int = 32
+    offsets: jax.Array,
+    ranks: tuple[int, ...],
+    task_weights: np.ndarray,
+    bits: int = 32,
+    root: Array | None = None,
 ) -> SeparateSolution:
     """Solves one leaf.
 
@@ -46,34 +53,43 @@ def solve(
       task_weights: [T]; a squared error counts times the square of its weight. They change the report
         only: each task has a solution of its own.
       bits: of an entry; see `coding.code`.
+      root: L, [b, b], from `activations.roots`: errors, in the solution and in the report, are then those of
+        D_t L.
 
     Returns:
       The solution.
     """
     swapped = offsets.shape[1] > offsets.shape[2]
     narrow = offsets.swapaxes(1, 2) if swapped else offsets
-    spectra, vectors = map(np.asarray, decompose(narrow))
+    metric = partial(activations.whiten, root=root, orientation="left" if swapped else "right")
+    spectra, vectors = map(np.asarray, decompose(metric(narrow)))
     stack = np.asarray(narrow)
     tasks = range(len(ranks))
     short = np.concatenate([vectors[task, : ranks[task]] for task in tasks]).astype(np.float32)
+    if root is not None and swapped:
+        short = np.asarray(activations.unwhiten(short, root))
     coded_short = code(short, bits, axis=-1)
     basis = np.asarray(dense(coded_short)).astype(np.float64)
+    after = None if root is None else np.asarray(root, np.float64)
+    if after is not None and swapped:
+        # The least squares are then those of the metric.
+        stack, basis, after = after.T @ stack, basis @ after, None
     bounds = np.concatenate([[0], np.cumsum(ranks)])
     rows = [basis[bounds[task] : bounds[task + 1]] for task in tasks]
     long = np.concatenate([_least_squares(rows[task], stack[task]) for task in tasks])
     coded_long = code(long.astype(np.float32), bits, axis=-1)
     fitted = np.asarray(dense(coded_long)).astype(np.float64)
     weights = np.asarray(task_weights, np.float64) ** 2
-    errors = [
-        np.sum((stack[task] - rows[task].T @ fitted[bounds[task] : bounds[task + 1]]) ** 2)
-        for task in tasks
-    ]
+    errors = (
+        stack[task] - rows[task].T @ fitted[bounds[task] : bounds[task + 1]] for task in tasks
+    )
+    squares = [np.sum((error if after is None else error @ after) ** 2) for error in errors]
     tails = [spectra[task, ranks[task] :].sum() for task in tasks]
     pair = (coded_long, coded_short) if swapped else (coded_short, coded_long)
     left, right = jax.tree.map(jnp.asarray, pair)
     return SeparateSolution(
         Separate(left, right, tuple(ranks)),
-        float(weights @ errors),
+        float(weights @ squares),
         float(weights @ tails),
         float(weights @ spectra.sum(axis=1)),
     )

@@ -32,6 +32,9 @@ _ROUNDING = 3e-11
 class FitReport:
     """The certificate of a fit; all values are sums of squares over tasks, in float64.
 
+    They are in the metric that was minimised: with weights of tasks or, in an activation-aware fit, of a leaf's
+    inputs, D_t stands for w_t D_t C^(1/2) (see `retex_jax.offsets.activations`).
+
     Attributes:
       residuals: by float leaf, ||D_t - G_t S||^2 summed over tasks, with the factors as stored.
       optima: by float leaf, the least possible residual at the leaf's rank (Eckart-Young; 0 below two
