@@ -1,7 +1,10 @@
 """Merge fine-tuned experts into one model, and recover each expert from it.
 
-The public names; importing the package touches no device.
+The public names; importing the package touches no device. `Recovered`, which serves a released artefact, is
+imported when it is first asked for, with the models.
 """
+
+from typing import Any
 
 from retex_jax import identifier, mergers, metrics, offsets, tree
 from retex_jax.experts import ExpertSet, task_vectors
@@ -13,6 +16,7 @@ __all__ = [
     "METHODS",
     "ExpertSet",
     "Method",
+    "Recovered",
     "identifier",
     "mergers",
     "metrics",
@@ -20,3 +24,11 @@ __all__ = [
     "task_vectors",
     "tree",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recovered":
+        from retex_jax.serving import Recovered
+
+        return Recovered
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

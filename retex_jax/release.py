@@ -125,7 +125,7 @@ def add_task(
       expert: its backbone, nested dict like the merged model.
       head: its classifier.
       features: of unlabelled inputs of the task, [n, d] or [n, L, d], float32: the merged model's, or the new
-        expert's if the identifier needs the experts, from its layers (see `recovery.identifier_features`).
+        expert's if the identifier needs the experts, from its layers (see `recovery.run`).
       budget: what its offset may take; see `offsets.add_task`.
       **options: of `offsets.add_task`.
 

@@ -201,12 +201,12 @@ def fit_identifier(
     spec = settings["identifier"]
     method, layer = IDENTIFIERS[spec["kind"]], experiment.identifier_layer(spec)
     features = [
-        recovery.identifier_features(
+        recovery.run(
             model,
             offsets.recover(state, index) if method.needs_experts else state.merged,
             data.take(task.splits["train"], np.arange(spec["num_calibration"])),
             settings["evaluate"]["batch_size"],
-            layer,
+            layer=layer,
         )
         for index, task in enumerate(tasks)
     ]

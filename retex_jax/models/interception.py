@@ -67,7 +67,7 @@ def linear_inputs(
             is_patches = patch_embed and isinstance(module, PatchEmbed)
             if is_patches or isinstance(module, nn.Dense):
                 name = "/".join((*module.path, "kernel"))
-                x = _patches(args[0], module.patch_size) if is_patches else args[0]
+                x = patches(args[0], module.patch_size) if is_patches else args[0]
                 in_image = any(module.path[: len(path)] == path for path in image_towers)
                 rows = _rows(name, x, None if in_image else mask)
                 caught.setdefault(name, []).append(rows)
@@ -78,7 +78,7 @@ def linear_inputs(
     return {name: jnp.concatenate(rows) for name, rows in sorted(caught.items())}
 
 
-def _patches(image: jax.Array, patch: int) -> jax.Array:
+def patches(image: jax.Array, patch: int) -> jax.Array:
     """[B, H, W, 3] to [B, number of patches, patch * patch * 3], patches in row-major order."""
     batch, height, width, channels = image.shape
     x = image.reshape(batch, height // patch, patch, width // patch, patch, channels)

@@ -2,7 +2,8 @@
 
 Grouped recovery (ReTeX, arXiv:2606.26902, section 5.3): the inputs are grouped by task, each task that
 occurs is recovered once, and its inputs run through it in batches of constant shape. When the task is
-unknown, the merged model's features decide the grouping, and nothing on the path sees a true task.
+unknown, the merged model's features decide the grouping, and nothing on the path sees a true task. The other
+ways of recovery, for batches of mixed tasks, are those of `Recoverer`; see `retex_jax.recovery.modes`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,23 @@ import numpy as np
 
 from retex_jax import data, models
 from retex_jax.identifier import IDENTIFIERS
+from retex_jax.recovery.modes import MODES, Mode, Recoverer
 from retex_jax.typing import Array, Params
+
+__all__ = [
+    "MODES",
+    "Examples",
+    "Head",
+    "Identifier",
+    "Mode",
+    "Recoverer",
+    "apply_head",
+    "identify",
+    "logits",
+    "run",
+    "run_grouped",
+    "task_scores",
+]
 
 Examples = Mapping[str, np.ndarray]
 Head = Mapping[str, Any]
@@ -50,7 +67,12 @@ def _apply(model: Any, params: Params, batch: Examples, num_layers: int | None) 
 
 
 def run(
-    model: Any, params: Params, examples: Examples, batch_size: int, *, layer: int = 0
+    model: Any,
+    params: Params,
+    examples: Examples,
+    batch_size: int,
+    *,
+    layer: int | tuple[int, ...] = 0,
 ) -> np.ndarray:
     """Runs a model over examples in batches of one shape.
 
@@ -60,19 +82,23 @@ def run(
       examples: input arrays [n, ...]; labels and the like are left out.
       batch_size: B.
       layer: 0 for the pooled output, i for the mean token after block i; the rest of the model is not run.
+        Several are taken in one pass.
 
     Returns:
-      Features [n, d], float32.
+      Features [n, d], or [n, L, d] of L layers, float32.
     """
+    blocks = layer if isinstance(layer, tuple) else (layer,)
+    depth = None if 0 in blocks else max(blocks)
     names = model.example_batch()
     inputs = {name: array for name, array in examples.items() if name in names}
     order = data.by_length(inputs)
     outputs = []
     for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
-        features = _apply(model, params, data.trim(batch), layer or None)
-        chosen = features.layers[layer - 1] if layer else features.pooled
-        outputs.append(np.asarray(chosen)[valid])
-    return np.concatenate(outputs)[np.argsort(order)]
+        features = _apply(model, params, data.trim(batch), depth)
+        chosen = [features.layers[block - 1] if block else features.pooled for block in blocks]
+        outputs.append(np.stack([np.asarray(part)[valid] for part in chosen], axis=1))
+    stacked = np.concatenate(outputs)[np.argsort(order)]
+    return stacked if isinstance(layer, tuple) else stacked[:, 0]
 
 
 def apply_head(head: Head, features: Array) -> jax.Array:
@@ -104,32 +130,6 @@ def logits(head: Head, features: Array) -> np.ndarray:
     return np.asarray(apply_head(head, features))
 
 
-def identifier_features(
-    model: Any,
-    params: Params,
-    examples: Examples,
-    batch_size: int,
-    layer: int | tuple[int, ...],
-) -> np.ndarray:
-    """The features of one layer, or of several in one pass; see `run`.
-
-    Returns:
-      [n, d], or [n, L, d] for a tuple of L layers, float32.
-    """
-    if isinstance(layer, int):
-        return run(model, params, examples, batch_size, layer=layer)
-    names = model.example_batch()
-    inputs = {name: array for name, array in examples.items() if name in names}
-    depth = None if 0 in layer else max(layer)
-    order = data.by_length(inputs)
-    outputs = []
-    for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
-        features = _apply(model, params, data.trim(batch), depth)
-        chosen = [features.layers[i - 1] if i else features.pooled for i in layer]
-        outputs.append(np.stack([np.asarray(part)[valid] for part in chosen], axis=1))
-    return np.concatenate(outputs)[np.argsort(order)]
-
-
 def task_scores(
     model: Any,
     merged: Params,
@@ -156,12 +156,12 @@ def task_scores(
     """
     method, layer = IDENTIFIERS[identifier.kind], identifier.layer
     if not method.needs_experts:
-        features = identifier_features(model, merged, examples, batch_size, layer)
+        features = run(model, merged, examples, batch_size, layer=layer)
         return np.asarray(method.scores(identifier.state, features))
     if recover is None:
         raise ValueError(f"recover: got None, but {identifier.kind!r} needs every expert")
     features = [
-        identifier_features(model, recover(task), examples, batch_size, layer)
+        run(model, recover(task), examples, batch_size, layer=layer)
         for task in range(identifier.state.num_tasks)
     ]
     return np.asarray(method.scores(identifier.state, np.stack(features)))
