@@ -127,7 +127,12 @@ def tells_apart(model, state, inputs, task_ids):
 MIXED = np.array([2, 0, 2, 3, 0, 2, 3, 3, 2, 0, 0])  # unsorted, and no input of task 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+def mostly_slow(values, *quick):
+    """Parameters of a test, of which all but a few take part only where slow tests do."""
+    return [pytest.param(x, marks=() if x in quick else pytest.mark.slow) for x in values]
+
+
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "vit", "bert", "decoder"))
 def test_every_model_by_every_mode(name):
     model = MODELS[name]
     state, inputs = fitted(model), inputs_of(model, len(MIXED))
@@ -156,27 +161,24 @@ ADDED = [("right", 2), ("auto", 1)]
 OF_TEXTS = [("right", 1), ("separate", 0), ("affine", 0)]
 FORMS = [("vit", fit, 0) for fit in FITS] + [("vit", *form) for form in ADDED]
 FORMS += [("roberta", *form) for form in OF_TEXTS]
-every_form = pytest.mark.parametrize(
-    ("name", "fit", "added"), FORMS, ids=[f"{name}, {fit}, {n} added" for name, fit, n in FORMS]
-)
-
-
 WITHIN = [form for form in FORMS if form[1:] not in (("one bit", 0), ("separate, coded", 0))]
+QUICK = [("vit", fit, n) for fit, n in (("left", 0), ("coded", 0), ("auto", 1), ("tied", 0))]
 
 
-@pytest.mark.parametrize(
-    ("name", "fit", "added"), WITHIN, ids=[f"{name}, {fit}, {n} added" for name, fit, n in WITHIN]
-)
-def test_every_form_in_factors(states, name, fit, added):
-    model, state = MODELS[name], states(name, fit, added)
+@pytest.mark.parametrize("form", mostly_slow(WITHIN, *QUICK), ids=str)
+def test_every_form_in_factors(states, form):
+    model, state = MODELS[form[0]], states(*form)
     inputs = inputs_of(model, len(MIXED))
     want = by_group(model, state, inputs, MIXED)
     assert_agree(recovery.Recoverer(model, state).features(inputs, MIXED, "factored"), want)
 
 
-@every_form
-def test_terms_are_the_offsets(states, name, fit, added):
-    state = states(name, fit, added)
+TERMS = [("vit", fit, 0) for fit in ("right", "separate", "factorized", "affine", "generator")]
+
+
+@pytest.mark.parametrize("form", mostly_slow(FORMS, *TERMS, *QUICK), ids=str)
+def test_terms_are_the_offsets(states, form):
+    state = states(*form)
     merged = tree.flatten(state.merged)
     matrices = [leaf for leaf in state.offsets if merged[leaf].ndim > 1]
     assert len(matrices) >= 8
@@ -401,7 +403,7 @@ def test_one_task_and_no_inputs(mode):
 
 
 @pytest.mark.parametrize("mode", recovery.MODES)
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", mostly_slow(["vit", "bert"], "vit"))
 def test_bfloat16_loses_no_more_than_twice_what_recovered_parameters_lose(name, mode):
     exact = MODELS[name]
     low = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
