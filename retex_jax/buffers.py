@@ -1,6 +1,7 @@
 """Host memory that is filled in parts: aligned for JAX, and taken again where fresh memory would cost more."""
 
 import math
+import mmap
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +11,25 @@ import numpy as np
 # Bytes; of the memory that JAX takes over.
 _ALIGNMENT = 64
 
+# Bytes from which on memory is mapped: the allocator would keep it for itself when it is freed.
+_LEAST_MAPPED = 1 << 20
+
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An array [*shape] that is not filled, and that JAX can take over on a CPU without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= _LEAST_MAPPED:
+        return np.frombuffer(_map(size), dtype).reshape(shape)
     data = np.empty(size + _ALIGNMENT, np.uint8)
     start = -data.ctypes.data % _ALIGNMENT
     return data[start : start + size].view(dtype).reshape(shape)
+
+
+def _map(size: int) -> mmap.mmap:
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapped.madvise(mmap.MADV_HUGEPAGE)  # as NumPy does for its own
+    return mapped
 
 
 _thread = threading.local()

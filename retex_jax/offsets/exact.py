@@ -6,27 +6,31 @@ sum_t ||D_t - G_t S||^2, the best rank-r approximation of the vertically stacked
 come from the eigenvectors of the smaller of the two Gram matrices, in float64 (default): a float32 Gram
 is right to 1e-7 of the largest eigenvalue, too little to certify a small residual. Where even the smaller
 Gram matrix is large, a randomised range finder with power iterations (arXiv:0909.4061, algorithm 4.4)
-takes its place, and the optimum is unknown. The residual is always computed from the stored factors.
+takes its place, and the optimum is unknown. `fit` solves large leaves as `retex_jax.offsets.certified` does, whose
+optimum is a lower bound. The residual is always computed from the stored factors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
+from retex_jax.buffers import aligned_empty
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import activations
+from retex_jax.offsets import activations, certified
 from retex_jax.offsets.coding import Stored, check_bits, code, dense
+from retex_jax.offsets.factor_file import FactorFile
 from retex_jax.offsets.forms import Elementwise, Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import Array, FlatParams, Params, ProgressFn
 
-Precision = Literal["float64", "float32"]
+Precision = Literal["auto", "float64", "float32"]
 
 MAX_GRAM = 8192
 _OVERSAMPLING = 16
@@ -40,22 +44,26 @@ class Solution(NamedTuple):
       task_factors: [G, T, a, r], float32.
       shared_factor: [G, r, b], float32, orthonormal rows.
       residual: [G].
-      optimum: [G]; NaN where unknown.
+      optimum: [G]; a lower bound by `certified.solve`, NaN where unknown.
       energy: [G].
       spectrum: squared singular values, [G, k], descending; k = min(T a, b), or r where the range
-        finder was used.
+        finder was used, or those that `certified.solve` found.
     """
 
-    task_factors: jax.Array
-    shared_factor: jax.Array
-    residual: jax.Array
-    optimum: jax.Array
-    energy: jax.Array
-    spectrum: jax.Array
+    task_factors: Array
+    shared_factor: Array
+    residual: Array
+    optimum: Array
+    energy: Array
+    spectrum: Array
 
 
 def solve_group(
-    offsets: jax.Array, rank: int, *, precision: Precision = "float64", max_gram: int = MAX_GRAM
+    offsets: jax.Array,
+    rank: int,
+    *,
+    precision: Literal["float64", "float32"] = "float64",
+    max_gram: int = MAX_GRAM,
 ) -> Solution:
     """Solves leaves of one matrix shape.
 
@@ -134,14 +142,14 @@ def _range_finder(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return shared, jnp.maximum(eigenvalues[::-1][:rank], 0)
 
 
-def check_settings(*, precision: str = "float64", bits: int = 32, vector_bits: int = 32) -> None:
+def check_settings(*, precision: str = "auto", bits: int = 32, vector_bits: int = 32) -> None:
     """Checks the settings of `fit` without its data.
 
     Raises:
       ValueError: for one that is unknown.
     """
-    if precision not in ("float64", "float32"):
-        raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, expected one of {get_args(Precision)}")
     check_bits("bits", bits)
     check_bits("vector_bits", vector_bits)
 
@@ -155,8 +163,9 @@ def fit(
     vector_bits: int = 32,
     task_weights: Array | None = None,
     roots: Mapping[str, Array] | None = None,
-    precision: Precision = "float64",
-    group_bytes: int = 1 << 28,
+    precision: Precision = "auto",
+    group_bytes: int = 1 << 24,
+    file: FactorFile | None = None,
     progress: ProgressFn | None = None,
 ) -> OffsetState:
     """Solves every leaf, a group of equal matrix shape at a time.
@@ -172,8 +181,10 @@ def fit(
         the report; 1 when not given.
       roots: L by leaf, [b, b], from `activations.roots`: the leaf's errors, in the solution and in the report,
         are those of D_t L. Leaves without one, or all when not given, are solved in plain L2.
-      precision: see `solve_group`.
+      precision: see `solve_group`; "auto" solves large leaves in the least precision whose result is certified
+        (see `retex_jax.offsets.certified`).
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
+      file: takes the offsets as they are solved, which are then mapped from it.
       progress: called with (leaves done, leaves).
 
     Returns:
@@ -187,7 +198,7 @@ def fit(
     weights = np.ones(experts.num_tasks) if task_weights is None else np.asarray(task_weights)
     weights = jnp.asarray(weights, jnp.float32)
     roots = {} if roots is None else roots
-    offsets: dict[str, Form] = {}
+    offsets: dict[str, Form] = {} if file is None else file.offsets
     report = FitReport({}, {}, {}, {})
     add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
@@ -200,45 +211,84 @@ def fit(
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
     done = 0
     for group in [*groups, *([name] for name in separate)]:
-        stack = jnp.stack([difference_matrices(experts, base, name, plans[name]) for name in group])
+        readers = [partial(difference_matrices, experts, base, name, plans[name]) for name in group]
         if group[0] in shared:
-            orientation = plans[group[0]].orientation
             root = activations.stack_roots(roots, group)
-            weighted = activations.whiten(stack, root, orientation) * weights[:, None, None]
-            solution = solve_group(weighted, plans[group[0]].rank, precision=precision)
-            generators: Stored = solution.task_factors / weights[:, None, None]
-            shared_factors: Stored = solution.shared_factor
-            if root is not None and orientation == "right":
-                shared_factors = activations.unwhiten(shared_factors, root)
-            elif root is not None:
-                transposed = shared_factors.swapaxes(-1, -2)[:, None]
-                generators = jnp.matmul(stack, transposed, precision="highest")
-            if bits < 32:
-                coded = code_group(stack, shared_factors, weights, bits, root, orientation)
-                generators, shared_factors, residual = coded
-                solution = solution._replace(residual=residual)
-            elif root is not None:
-                stored = (stack, generators, shared_factors)
-                residual = activations.residuals(*stored, root, orientation, weights)
-                solution = solution._replace(residual=residual)
-            products = Product(generators, shared_factors, orientation)
+            products, solution = _fit_group(
+                readers, plans[group[0]], weights, root, bits, precision
+            )
             for index, name in enumerate(group):
-                offsets[name] = jax.tree.map(lambda stacked, index=index: stacked[index], products)
+                if plans[name].rank:
+                    offsets[name] = jax.tree.map(partial(_take, index), products)
             add_to_report(report, group, solution)
         else:
             (name,) = group
             ranks = separate[name].task_ranks or ()
-            solved = solve_separate(stack[0], ranks, np.asarray(weights), bits, roots.get(name))
-            offsets[name] = solved.form
-            report.residuals[name], report.optima[name] = solved.residual, solved.optimum
-            report.energies[name] = solved.energy
+            own = solve_separate(readers[0](), ranks, np.asarray(weights), bits, roots.get(name))
+            if plans[name].rank:
+                offsets[name] = own.form
+            report.residuals[name], report.optima[name] = own.residual, own.optimum
+            report.energies[name] = own.energy
         done += len(group)
         if progress:
             progress(done, len(plans))
-    offsets = {
-        name: form for name, form in offsets.items() if name not in plans or plans[name].rank
-    }
     return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)
+
+
+def _fit_group(
+    readers: Sequence[Callable[[], jax.Array]],
+    plan: LeafPlan,
+    weights: jax.Array,
+    root: jax.Array | None,
+    bits: int,
+    precision: Precision,
+) -> tuple[Product, Solution]:
+    """Solves a group of leaves of one plan, each [T, a, b], in the metric of the tasks' weights and of L."""
+    orientation = plan.orientation
+
+    def metric(index: int) -> jax.Array:
+        own = None if root is None else root[index]
+        offsets = activations.whiten(readers[index](), own, orientation)
+        return offsets * weights[:, None, None] if np.any(weights != 1) else offsets
+
+    in_metric = [partial(metric, index) for index in range(len(readers))]
+    solution = _solve(in_metric, plan, len(weights), precision)
+    generators: Stored = solution.task_factors
+    if np.any(weights != 1):
+        generators = generators / weights[:, None, None]
+    shared: Stored = solution.shared_factor
+    if root is None and bits == 32:
+        return Product(generators, shared, orientation), solution
+    stack = jnp.stack([read() for read in readers])
+    if root is not None and orientation == "right":
+        shared = activations.unwhiten(shared, root)
+    elif root is not None:
+        transposed = shared.swapaxes(-1, -2)[:, None]
+        generators = jnp.matmul(stack, transposed, precision="highest")
+    if bits < 32:
+        generators, shared, residual = code_group(stack, shared, weights, bits, root, orientation)
+    else:
+        assert root is not None
+        residual = activations.residuals(stack, generators, shared, root, orientation, weights)
+    return Product(generators, shared, orientation), solution._replace(residual=residual)
+
+
+def _solve(
+    readers: Sequence[Callable[[], jax.Array]], plan: LeafPlan, num_tasks: int, precision: Precision
+) -> Solution:
+    """Solves a group of leaves of one plan, each [T, a, b], in plain L2."""
+    is_worth = certified.is_worth((num_tasks, *plan.solved_shape))
+    if precision == "auto" and len(readers) == 1 and plan.rank and is_worth:
+        solution = certified.solve(readers[0], plan.rank)
+        if solution is not None:
+            return Solution(*(np.asarray(part)[None] for part in solution))
+    exactly = "float64" if precision == "auto" else precision
+    return solve_group(jnp.stack([read() for read in readers]), plan.rank, precision=exactly)
+
+
+def _take(index: int, stacked: Array) -> jax.Array:
+    """One leaf's part; of a NumPy array without a copy."""
+    return jax.device_put(stacked[index], may_alias=True)
 
 
 @jax.jit(static_argnames=("bits", "orientation"))
@@ -331,7 +381,18 @@ def add_vectors(
 
 def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
     """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
-    return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
+    parts = experts.parts(name)
+    if None in parts:
+        return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
+    shape = experts.leaves[name].shape
+    merged = np.asarray(base[name]).reshape(-1)
+    differences = aligned_empty([experts.num_tasks, merged.size], np.float32)
+    for part in parts:
+        np.subtract(
+            experts.stacked(name, part), merged[part], out=differences[:, part], casting="unsafe"
+        )
+    differences = differences.reshape(experts.num_tasks, *shape)
+    return jnp.asarray(jax.device_put(differences, may_alias=True))
 
 
 def difference_matrices(

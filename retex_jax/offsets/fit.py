@@ -1,6 +1,8 @@
 """Fits ReTeX's offsets (arXiv:2606.26902, section 4.1): merge, plan the ranks, solve."""
 
+import contextlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, get_args
@@ -18,6 +20,7 @@ from retex_jax.offsets import (
     affine,
     alternating,
     exact,
+    factor_file,
     factorized,
     shape_shared,
     tucker,
@@ -57,6 +60,7 @@ def fit(
     solver: Literal["exact", "adam"] = "exact",
     base: str | Params = "weight_average",
     base_options: Mapping[str, Any] | None = None,
+    file: str | os.PathLike[str] | None = None,
     **solver_options: Any,
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
@@ -94,6 +98,9 @@ def fit(
         steps that never raise the error) or "adam" (the paper's loop).
       base: name of a merger, or a merged model (nested dict like the pretrained one).
       base_options: keywords of that merger.
+      file: path of a safetensors file that takes merged model and factors as they are solved; the state's arrays
+        are then mapped from it (see `retex_jax.offsets.factor_file`), so that neither needs memory. By "exact"
+        with form "product", without `d_emb`.
       **solver_options: keywords of `offsets.exact.fit` (such as `bits`), of the form's own module
         (`factorized`, `shape_shared`, `affine`, `tucker`; such as `sweeps`), or of `offsets.adam.fit` (such as
         `objective`).
@@ -111,6 +118,10 @@ def fit(
         rank = _RANK if budget is None else 1
     problems += _form_problems(form, task_rank, d_emb, rank, budget, task_weights, solver)
     problems += _shrinkage_problems(shrinkage, form, d_emb, solver)
+    if file is not None and (solver == "adam" or form != "product" or d_emb is not None):
+        problems.append(
+            f"file: got {file!r}, which solver 'exact' takes with form 'product', without d_emb"
+        )
     if problems:
         raise ValueError("\n".join(problems))
     weighing = None if shrinkage == 1 else require(calibration, activations.NAME, experts.num_tasks)
@@ -138,11 +149,18 @@ def fit(
         return factorized.fit(experts, merged, plans, task_rank=task_rank, **solver_options)
     if form != "product":
         return _EXACT[form](experts, merged, plans, **solver_options)
-    weights = _weights(experts, merged, task_weights)
-    roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
-    if budget is not None:
-        plans = _spend(experts, merged, plans, weights, roots, budget, sharing, solver_options)
-    return exact.fit(experts, merged, plans, task_weights=weights, roots=roots, **solver_options)
+    opened = contextlib.nullcontext() if file is None else factor_file.writing(file, experts.leaves)
+    with opened as factors:
+        merged = merged if factors is None else factors.put_merged(merged)
+        weights = _weights(experts, merged, task_weights)
+        roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
+        if budget is not None:
+            plans = _spend(experts, merged, plans, weights, roots, budget, sharing, solver_options)
+        given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
+        state = exact.fit(experts, merged, plans, **given)
+        if factors is not None:
+            factors.finish(state)
+    return state
 
 
 def _problems(
@@ -292,6 +310,7 @@ def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> 
         "form",
         "task_rank",
         "d_emb",
+        "file",
     }
     for name in options:
         if name not in known:

@@ -38,9 +38,11 @@ class FitReport:
     Attributes:
       residuals: by float leaf, ||D_t - G_t S||^2 summed over tasks, with the factors as stored.
       optima: by float leaf, the least possible residual at the leaf's rank (Eckart-Young; 0 below two
-        axes); NaN where the leaf was too large for it to be computed.
+        axes), or a lower bound of it that is nearer than 1e-4; NaN where the leaf was too large for it to be
+        computed.
       energies: by float leaf, ||D_t||^2 summed over tasks.
-      spectra: by matrix leaf, the squared singular values of the vertically stacked D_t, descending.
+      spectra: by matrix leaf, the squared singular values of the vertically stacked D_t, descending; of large
+        leaves the first ones only.
     """
 
     residuals: dict[str, float]

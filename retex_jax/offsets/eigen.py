@@ -1,0 +1,245 @@
+"""Leading eigenvectors of a large Gram matrix, and a bound on how much any others could capture.
+
+Subspace iteration with a Chebyshev filter (Y. Zhou, Y. Saad, M. Tiago and J. Chelikowsky, Self-consistent-field
+calculations using Chebyshev-filtered subspace iteration, 2006) needs a few products of the matrix with a block of
+vectors where an eigendecomposition of all n needs some 10 n^3 operations, most of them bound by memory. What it
+finds proves nothing by itself: eigenvectors may be missing from the block. The proof is dual. For every sigma and
+every P >= 0 with P + sigma I >= C, the r largest eigenvalues of C have a sum of at most r sigma + tr P; beside the
+found subspace C has to be below some beta < sigma, which a Cholesky factorisation of beta I - C + z Q Q^T shows.
+Where the proof fails, as it must with more equal eigenvalues than the block holds, callers compute all eigenvectors.
+
+Products are in the matrix' own precision. What they are wrong by is not assumed but estimated, from their products
+with random vectors in float64; an estimate is below the truth with a probability of 2e-6.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MOST_DIRECT = 1024
+"""The largest side of a matrix whose eigenvectors are all computed: iteration is not faster below."""
+
+PROBES = 16
+"""Random vectors by which an error is estimated."""
+
+# The mean of 16 squares of a Gaussian vector's product is below 1/10 of the squared norm with that probability.
+_UNDERESTIMATE = 10.0
+
+_OVERSAMPLING = 0.25  # of the rank
+_LEAST_OVERSAMPLING = 16
+_DEGREE = 8
+_MAX_ROUNDS = 12
+# By how much a filter may enlarge the first eigenvector over the last: what it leaves is to be above rounding.
+_GROWTH = {"float32": 1e6, "float64": 1e12}
+_ROWS = 512
+
+
+class Leading(NamedTuple):
+    """A subspace that holds the leading eigenvectors of C, [n, n], nearly.
+
+    Attributes:
+      vectors: Ritz vectors Q, [n, m], C's dtype, of eigenvalues that descend; r <= m <= n. They are orthonormal up
+        to rounding.
+      defects: E^T E of E = C Q - Q diag(Ritz values), [m, m], float64.
+      error: a bound of the Frobenius norm of the error of E.
+      beyond: no x that is orthogonal to Q has x^T C x > beyond x^T x.
+      spectrum: eigenvalues that are known, descending, float64: all n of them, or m Ritz values.
+    """
+
+    vectors: jax.Array
+    defects: np.ndarray
+    error: float
+    beyond: float
+    spectrum: np.ndarray
+
+
+def leading(gram: jax.Array, rank: int, tolerance: float) -> Leading | None:
+    """Finds the leading eigenvectors of a Gram matrix.
+
+    Args:
+      gram: C, [n, n], symmetric, positive semidefinite up to rounding, float32 or float64.
+      rank: r, from 1 to n.
+      tolerance: iteration ends when the bound of `most_captured` exceeds the sum of the first r Ritz values by a
+        quarter of this at most, relative to what these leave of C's trace.
+
+    Returns:
+      The subspace, or None where it was not found.
+    """
+    width = min(len(gram), rank + max(_LEAST_OVERSAMPLING, round(_OVERSAMPLING * rank)))
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        if len(gram) <= max(MOST_DIRECT, 2 * width):
+            return _direct(gram, width)
+        return _iterate(gram, rank, width, tolerance)
+
+
+def most_captured(
+    captured: np.ndarray, overlaps: np.ndarray, found: Leading, rank: int, error: float
+) -> float:
+    """An upper bound of the sum of the r largest eigenvalues of C + F, of which F is the error of C.
+
+    In an orthonormal basis that begins with Q's span the matrix is [[A, E^T], [E, B]], B <= beta I. For
+    sigma > beta, P = (A - sigma I + E^T E / (sigma - beta))_+ on Q makes P + sigma I - C - F positive semidefinite
+    (Schur's complement), so that the sum is at most r sigma + tr P.
+
+    Args:
+      captured: Q^T (C + F) Q, [m, m], float64, m >= r.
+      overlaps: Q^T Q, [m, m], float64.
+      found: of C.
+      rank: r.
+      error: a bound of the Frobenius norm of F.
+
+    Returns:
+      The bound.
+    """
+    inverse = np.linalg.inv(np.linalg.cholesky(overlaps)).T
+    captured = inverse.T @ captured @ inverse
+    # (E + F Q)^T (E + F Q) <= 2 E^T E + 2 (F Q)^T F Q.
+    errors = (error + found.error) ** 2 * np.eye(len(captured))
+    defects = inverse.T @ (2 * found.defects + 2 * errors) @ inverse
+    beta = found.beyond + error
+    sigma = _sigma(np.diag(captured), np.diag(defects), beta, rank)
+    eigenvalues = np.linalg.eigvalsh(
+        captured - sigma * np.eye(len(captured)) + defects / (sigma - beta)
+    )
+    return float(rank * sigma + np.maximum(eigenvalues, 0).sum())
+
+
+def norm_bound(errors: jax.Array) -> jax.Array:
+    """A bound of a matrix' Frobenius norm by its products with Gaussian vectors, [n, PROBES], float64."""
+    return jnp.sqrt(_UNDERESTIMATE / PROBES) * jnp.linalg.norm(errors)
+
+
+def probes(size: int) -> jax.Array:
+    """Gaussian vectors, [size, PROBES], float64."""
+    return jax.random.normal(jax.random.key(1), (size, PROBES), jnp.float64)
+
+
+def multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """In float64, without a float64 copy of the matrix: [n, k], [k, m] to [n, m]."""
+    return jax.lax.map(lambda row: row.astype(jnp.float64) @ vectors, matrix, batch_size=_ROWS)
+
+
+def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:
+    """Of diagonal matrices, for many sigmas: [k, 2], sigma and bound."""
+    gaps = max(values[0], np.finfo(float).tiny) * np.geomspace(1e-9, 1, 200)
+    sigmas = beta + gaps
+    positive = values - sigmas[:, None] + excess / gaps[:, None]
+    return np.stack([sigmas, rank * sigmas + np.maximum(positive, 0).sum(axis=1)], axis=1)
+
+
+def _sigma(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> float:
+    bounds = _bounds(values, excess, beta, rank)
+    return float(bounds[np.argmin(bounds[:, 1]), 0])
+
+
+@partial(jax.jit, static_argnames="width")
+def _decompose(gram: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    eigenvalues, vectors = jnp.linalg.eigh(gram.astype(jnp.float64))
+    return eigenvalues[::-1], vectors[:, ::-1][:, :width].astype(gram.dtype)
+
+
+def _direct(gram: jax.Array, width: int) -> Leading:
+    eigenvalues, vectors = _decompose(gram, width)
+    spectrum = np.asarray(eigenvalues)
+    largest = abs(spectrum[0])
+    rounding = len(gram) * np.finfo(float).eps * largest
+    beyond = (spectrum[width] if width < len(gram) else 0.0) + rounding
+    # Eigenvectors are rounded to C's dtype.
+    error = 2 * largest * np.sqrt(width) * np.finfo(gram.dtype).eps + np.sqrt(width) * rounding
+    nothing = np.zeros((width, width))
+    return Leading(vectors, nothing, float(error), float(beyond), np.maximum(spectrum, 0))
+
+
+def _iterate(gram: jax.Array, rank: int, width: int, tolerance: float) -> Leading | None:
+    trace = float(jnp.trace(gram.astype(jnp.float64)))
+    if not trace > 0:
+        return None
+    basis, image = _start(gram, width)
+    for turn in range(_MAX_ROUNDS + 1):
+        basis, image, values, excess = _rotate(basis, image)
+        ritz = np.asarray(values, np.float64)
+        beyond = _beyond(ritz, rank)
+        left = trace - ritz[:rank].sum()
+        bounds = _bounds(ritz, np.asarray(excess, np.float64), beyond, rank)[:, 1]
+        is_found = bounds.min() - ritz[:rank].sum() <= tolerance / 4 * left
+        if is_found or turn == _MAX_ROUNDS or not left > np.finfo(gram.dtype).eps * trace:
+            break
+        edge = max(ritz[-1], np.finfo(gram.dtype).eps * ritz[0])
+        growth = np.arccosh(max(2 * ritz[0] / edge - 1, 1 + 1e-6))
+        degree = int(np.clip(np.arccosh(_GROWTH[gram.dtype.name]) / growth, 2, _DEGREE))
+        basis, image = _filter(gram, basis, image, ritz[0], edge, degree)
+    defects, error, above, is_below = _prove(gram, basis, image, values, beyond, 2 * ritz[0])
+    if not bool(is_below):
+        return None
+    beyond += float(above)
+    return Leading(basis, np.asarray(defects), float(error), beyond, np.maximum(ritz, 0))
+
+
+def _beyond(ritz: np.ndarray, rank: int) -> float:
+    """What is tried as the bound beyond the block."""
+    return max((ritz[-1] + ritz[rank - 1]) / 2, ritz[-1] + 1e-6 * ritz[rank - 1], 1e-12 * ritz[0])
+
+
+@partial(jax.jit, static_argnames="width")
+def _start(gram: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    probe = jax.random.normal(jax.random.key(0), (len(gram), width), gram.dtype)
+    basis = jnp.linalg.qr(gram @ jnp.linalg.qr(gram @ probe)[0])[0]
+    return basis, gram @ basis
+
+
+@jax.jit
+def _rotate(
+    basis: jax.Array, image: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Ritz vectors, their images and values, descending, and the squared norms of their defects."""
+    values, turn = jnp.linalg.eigh((basis.T @ image).astype(jnp.float64))
+    values, turn = values[::-1].astype(basis.dtype), turn[:, ::-1].astype(basis.dtype)
+    basis, image = basis @ turn, image @ turn
+    return basis, image, values, jnp.sum((image - basis * values) ** 2, axis=0)
+
+
+@jax.jit
+def _filter(
+    gram: jax.Array, basis: jax.Array, image: jax.Array, top: float, edge: float, degree: int
+) -> tuple[jax.Array, jax.Array]:
+    """Applies the Chebyshev polynomial that is small from 0 to `edge` and 1 at `top`."""
+    half = jnp.asarray(edge / 2, gram.dtype)
+    ratio = jnp.asarray(half / (top - half), gram.dtype)
+
+    def step(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        before, now, scale = carry
+        following = 1 / (2 / ratio - scale)
+        after = (gram @ now - half * now) * (2 * following / half) - scale * following * before
+        return now, after, following
+
+    first = (image - half * basis) * (ratio / half)
+    filtered = jax.lax.fori_loop(1, degree, step, (basis, first, ratio))[1]
+    basis = jnp.linalg.qr(filtered)[0]
+    return basis, gram @ basis
+
+
+@jax.jit
+def _prove(
+    gram: jax.Array,
+    basis: jax.Array,
+    image: jax.Array,
+    values: jax.Array,
+    beyond: float,
+    lift: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """E^T E and the error of E; and of beta I - C + z Q Q^T = L L^T the error, and whether there is an L."""
+    wide, probe = basis.astype(jnp.float64), probes(len(gram))
+    defect = image.astype(jnp.float64) - wide * values.astype(jnp.float64)
+    turned = probe[: basis.shape[1]]
+    both = multiply(gram, jnp.hstack([wide @ turned, probe]))
+    error = norm_bound(both[:, :PROBES] - image.astype(jnp.float64) @ turned)
+    lifted = basis * jnp.asarray(lift, gram.dtype)
+    deflated = lifted @ basis.T - gram + jnp.diag(jnp.full(len(gram), beyond, gram.dtype))
+    lower = jax.lax.linalg.cholesky(deflated, symmetrize_input=False)
+    factored = multiply(lower, multiply(lower.T, probe))
+    wanted = beyond * probe - both[:, PROBES:] + lift * (wide @ (wide.T @ probe))
+    is_whole = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
+    return defect.T @ defect, error, norm_bound(factored - wanted), is_whole

@@ -1,0 +1,199 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references_eigen as reference
+from expert_sets import expert_set
+
+import retex_jax as rtx
+from retex_jax.offsets import certified, eigen, exact
+
+RETEX = rtx.METHODS["retex"]
+RANK = 24
+KINDS = ["decaying", "steep", "flat", "tied", "equal", "low rank", "zero"]
+
+
+@pytest.fixture
+def iterating(monkeypatch):
+    """Small matrices take the way of large ones."""
+    monkeypatch.setattr(eigen, "MOST_DIRECT", 0)
+
+
+def gram_of(kind, dtype, size=200):
+    stack = reference.stack(kind, (2, size, size), RANK).reshape(-1, size).astype(np.float64)
+    return jnp.asarray(stack.T @ stack, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_never_below_the_truth(kind, dtype, iterating):
+    with jax.enable_x64(True):
+        gram = gram_of(kind, dtype)
+        found = eigen.leading(gram, RANK, 1e-5)
+        wanted = np.asarray(gram, np.float64)
+    if found is None:
+        assert kind in ("tied", "equal", "zero", "low rank")
+        return
+    vectors = np.asarray(found.vectors, np.float64)
+    captured, overlaps = vectors.T @ wanted @ vectors, vectors.T @ vectors
+    np.testing.assert_allclose(overlaps, np.eye(len(overlaps)), atol=1e-5)
+    most = reference.captured(wanted, RANK)
+    bound = eigen.most_captured(captured, overlaps, found, RANK, 0.0)
+    assert bound >= most * (1 - 1e-12)
+    if kind in ("decaying", "flat"):
+        left = np.trace(wanted) - most
+        assert bound - most <= 1e-4 * left
+        assert most - np.trace(captured[:RANK, :RANK]) <= 1e-5 * left
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_bound_holds_for_a_matrix_with_an_error(direct, monkeypatch):
+    monkeypatch.setattr(eigen, "MOST_DIRECT", 1000 if direct else 0)
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        gram = gram_of("flat", "float64")
+        found = eigen.leading(gram, RANK, 1e-5)
+        exactly = np.asarray(gram)
+    vectors = np.asarray(found.vectors)
+    assert found.vectors.shape == (200, 40)
+    for scale in (1e-6, 1e-4, 1e-2):
+        noise = rng.normal(size=exactly.shape)
+        noise = scale * (noise + noise.T)
+        true = exactly + noise
+        bound = eigen.most_captured(
+            vectors.T @ true @ vectors,
+            vectors.T @ vectors,
+            found,
+            RANK,
+            float(np.linalg.norm(noise)),
+        )
+        most = reference.captured(true, RANK)
+        assert bound >= most * (1 - 1e-12)
+        if scale == 1e-6:
+            assert bound <= most * (1 + 1e-4)
+
+
+def test_a_subspace_that_misses_an_eigenvector_is_not_proven():
+    """The first eigenvector is orthogonal to the block: nothing that the block sees is wrong."""
+    size, width = 60, 20
+    gram = jnp.diag(jnp.concatenate([jnp.array([3.0]), jnp.linspace(2, 1, size - 1)]))
+    with jax.enable_x64(True):
+        gram = gram.astype(jnp.float64)
+        basis = jnp.eye(size, dtype=jnp.float64)[:, 1 : width + 1]
+        image = gram @ basis
+        values = jnp.diagonal(basis.T @ image)
+        missed = eigen._prove(gram, basis, image, values, 1.8, 6.0)
+        whole = jnp.eye(size, dtype=jnp.float64)[:, :width]
+        values = jnp.diagonal(whole.T @ gram @ whole)
+        proven = eigen._prove(gram, whole, gram @ whole, values, 1.8, 6.0)
+    assert not bool(missed[3])
+    assert bool(proven[3])
+    assert float(proven[2]) < 1e-12
+
+
+def test_estimated_norms_are_above_the_truth():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        probes = np.asarray(eigen.probes(50))
+        for rank in (1, 5, 50):
+            matrix = rng.normal(size=(30, rank)) @ rng.normal(size=(rank, 50))
+            bound = float(eigen.norm_bound(jnp.asarray(matrix @ probes)))
+            assert 1 <= bound / np.linalg.norm(matrix) <= 6
+
+
+@pytest.mark.parametrize("shape", [(3, 60, 90), (2, 40, 130), (8, 130, 40), (1, 70, 70)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("iterates", [True, False])
+def test_certified_solutions(kind, shape, iterates, monkeypatch):
+    monkeypatch.setattr(eigen, "MOST_DIRECT", 0 if iterates else 1000)
+    rank = 8
+    offsets = reference.stack(kind, shape, rank)
+    solution = certified.solve(lambda: jnp.asarray(offsets), rank)
+    values = reference.squared_singular_values(offsets)
+    least, energy = values[rank:].sum(), values.sum()
+    if solution is None:
+        # What no proof within the tolerance is possible for, or none was needed.
+        assert kind in ("tied", "equal", "zero", "low rank", "steep")
+        return
+    factors, shared = np.asarray(solution.task_factors), np.asarray(solution.shared_factor)
+    assert factors.shape == (*shape[:2], rank)
+    assert shared.shape == (rank, shape[2])
+    assert factors.dtype == shared.dtype == np.float32
+    np.testing.assert_allclose(shared @ shared.T, np.eye(rank), atol=1e-5)
+    residual = reference.residual(offsets, factors, shared)
+    rounding = 3e-11 * energy
+    assert solution.residual == pytest.approx(residual, rel=1e-5, abs=rounding)
+    assert solution.energy == pytest.approx(energy, rel=1e-6)
+    assert solution.optimum <= least * (1 + 1e-6) + rounding
+    assert residual <= (1 + 1e-4) * least + rounding
+    assert solution.residual <= (1 + 1e-4) * solution.optimum + rounding
+    known = len(solution.spectrum)
+    assert known >= rank
+    np.testing.assert_allclose(
+        solution.spectrum[:rank], values[:rank], rtol=1e-3, atol=1e-5 * energy
+    )
+
+
+def test_what_is_certified_at_all():
+    """Decaying and flat spectra must not fall back: no solution would pass all tests above."""
+    for kind in ("decaying", "flat"):
+        offsets = reference.stack(kind, (2, 300, 520), RANK)
+        solution = certified.solve(lambda offsets=offsets: jnp.asarray(offsets), RANK)
+        assert solution is not None
+        assert solution.residual <= (1 + certified.TOLERANCE) * solution.optimum
+
+
+def model(kind="flat", num_tasks=3, seed=0):
+    """A leaf that is certified, one that is not, a vector, a scalar and an integer."""
+    rng = np.random.default_rng(seed)
+    large = reference.stack(kind, (num_tasks, 520, 530), 24, seed)
+    pretrained = {
+        "large/kernel": np.zeros((530, 520), np.float32),
+        "small/kernel": rng.normal(size=(12, 9)).astype(np.float32),
+        "small/bias": rng.normal(size=9).astype(np.float32),
+        "scale": np.float32(2),
+        "step": np.array([1, 2], np.int32),
+    }
+    experts = [
+        {
+            "large/kernel": np.ascontiguousarray(large[task].T),
+            **{
+                name: np.asarray(pretrained[name] + rng.normal(size=pretrained[name].shape), "f4")
+                for name in ("small/kernel", "small/bias", "scale")
+            },
+            "step": pretrained["step"],
+        }
+        for task in range(num_tasks)
+    ]
+    return pretrained, experts
+
+
+@pytest.mark.parametrize(("num_tasks", "kind"), [(1, "flat"), (2, "decaying"), (8, "flat")])
+def test_fit_certifies_large_leaves(num_tasks, kind):
+    pretrained, experts = model(kind, num_tasks)
+    made = expert_set(pretrained, experts)
+    state = RETEX.fit(made, rank=24, base=rtx.METHODS["weight_average"].fit(made))
+    exactly = RETEX.fit(made, rank=24, precision="float64")
+    name = "large/kernel"
+    least = exactly.report.optima[name]
+    if num_tasks > 1:  # the average of one is the expert itself
+        assert state.report.optima[name] != least, "not a bound, so it was not certified"
+    assert state.report.residuals[name] <= (1 + 1e-4) * least + 1e-9
+    assert state.report.optima[name] <= least * (1 + 1e-6)
+    assert 1 - 1e-6 <= state.report.ratio <= 1.0001
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_weighted_and_coded_fits_of_large_leaves(bits):
+    made = expert_set(*model())
+    options = {"rank": 24, "bits": bits, "task_weights": [1.0, 3.0, 0.5]}
+    state = RETEX.fit(made, **options)
+    exactly = RETEX.fit(made, **options, precision="float64")
+    assert state.report.residual == pytest.approx(exactly.report.residual, rel=1e-3)
+    assert state.report.optimum == pytest.approx(exactly.report.optimum, rel=1e-4)
+
+
+def test_one_precision_for_all_calls():
+    assert exact.check_settings(precision="auto") is None
+    with pytest.raises(ValueError, match="precision: got 'half', expected one of"):
+        exact.check_settings(precision="half")
