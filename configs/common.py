@@ -24,11 +24,13 @@ def pareto(config: ConfigDict) -> ConfigDict:
     config.name = f"{config.name}_pareto"
     config.methods = "weight_average,dts_t,t_switch,emr,retex"
     config.expert_seeds = (0, 1, 2)
+    config.search.num_inputs = 256
     config.offsets.rank = 16
     config.offsets.extra_ranks = (1, 2, 4, 8)
     fractions = (0.0025, 0.005, 0.01, 0.02, 0.04)
     config.extra_variants = (
         *budgeted(0.0015, *fractions),
+        *activation_aware(0.0025),
         *(("retex", {"rank": rank, "orientation": "auto"}) for rank in (1, 2, 4, 8, 16)),
         *(
             ("retex", {"form": "factorized", "rank": rank, "task_rank": task_rank})

@@ -23,10 +23,7 @@ def get_config() -> ConfigDict:
     config.offsets.extra_ranks = (2, 8, 16)
     config.identifier.layer = 3
     config.identifier.num_calibration = 256
-    config.extra_variants = (
-        *common.budgeted(0.0025, 0.005, 0.01),
-        *common.activation_aware(0.0025),
-    )
+    config.extra_variants = common.budgeted(0.0025, 0.005, 0.01)
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
     config.method_options.fisher = {"variant": "batch_sum", "num_samples": None}
     config.method_options.adamerging = {"steps": 20, "batches_per_step": 1, "learning_rate": 1e-2}
