@@ -15,7 +15,7 @@ flags.disclaim_key_flags()  # so that --help of a program shows the flags that a
 
 def as_dict(config: Any) -> Any:
     """A ConfigDict (or a part of one) as plain JSON-like values."""
-    if isinstance(config, ml_collections.ConfigDict):
+    if isinstance(config, ml_collections.ConfigDict | dict):
         return {key: as_dict(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [as_dict(value) for value in config]

@@ -5,7 +5,7 @@ import ml_collections
 import pytest
 import tiny
 
-from configs import demo, minilm_text8
+from configs import demo, minilm_text8, minilm_text8_pareto
 from retex_jax import command_line, data, experiment, pretrained
 
 
@@ -103,7 +103,8 @@ def test_as_dict_gives_plain_values():
 
 
 def test_settings_survive_a_file():
-    for config in (tiny.get_config(), demo.get_config(), minilm_text8.get_config()):
+    configs = (tiny, demo, minilm_text8, minilm_text8_pareto)
+    for config in (each.get_config() for each in configs):
         settings = command_line.as_dict(config)
         assert json.loads(json.dumps(settings)) == settings
 
