@@ -83,7 +83,7 @@ def test_help_shows_the_docstring_and_the_flags(results):
     for done, words in (
         (results.train_help, ["Merges experts, recovers each", "--workdir", "--[no]dry_run"]),
         (results.finetune_help, ["Fine-tunes one expert a task", "configs/demo.py"]),
-        (results.evaluate_help, ["Two protocols for an unknown task", "--artifact"]),
+        (results.evaluate_help, ["evaluates a released artefact", "--artifact"]),
     ):
         assert "Traceback" not in done.stderr
         assert done.stderr == ""

@@ -187,7 +187,7 @@ def metric_errors(state, experts, examples, shrinkage, weights=None):
 
 @pytest.mark.parametrize("orientation", ["right", "left", "auto"])
 @pytest.mark.parametrize("sharing", [None, "shared", "separate", "auto"])
-@pytest.mark.parametrize("bits", [3, 8, 32])
+@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.slow), 32])
 def test_the_report_is_that_of_what_is_stored(orientation, sharing, bits):
     pretrained, experts = references.flax_model(2)
     examples = want.inputs(2)
