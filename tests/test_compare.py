@@ -176,10 +176,10 @@ def test_calibration_computes_what_the_evaluation_does(calibrated):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("fisher", {"num_samples": 1}),
-        ("fisher", {}),
-        ("regmean", {}),
-        ("adamerging", {"steps": 1}),
+        pytest.param("fisher", {"num_samples": 1}, marks=pytest.mark.slow),
+        pytest.param("fisher", {}, marks=pytest.mark.slow),
+        pytest.param("regmean", {}, marks=pytest.mark.slow),
+        pytest.param("adamerging", {"steps": 1}, marks=pytest.mark.slow),
         ("svd", {"base": "dare"}),
         ("dts_d", {"base": "dare"}),
         ("retex", {"rank": 2, "base": "dare"}),
@@ -187,7 +187,7 @@ def test_calibration_computes_what_the_evaluation_does(calibrated):
         ("twin", {"router_options": {"epochs": 1}}),
         ("dawin", {}),
         ("smear_frozen", {"router_options": {"epochs": 1}}),
-        ("wemoe", {"steps": 1}),
+        pytest.param("wemoe", {"steps": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_only_what_is_called_random_depends_on_the_key(calibrated, name, options):
