@@ -16,7 +16,7 @@ from retex_jax.mergers import MERGERS
 from retex_jax.offsets import adam, exact
 from retex_jax.offsets.state import plan_leaves
 
-_GIVEN_BY_THE_PROGRAM = {"key", "checkpoints", "progress"}
+_GIVEN_BY_THE_PROGRAM = {"key", "checkpoints", "progress", "task_weights", "roots", "file"}
 _REQUIRED = (
     "name",
     "seed",

@@ -21,7 +21,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import alternating, exact
+from retex_jax.offsets import alternating, differences, exact
 from retex_jax.offsets.forms import Affine, Form
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import FlatParams, Params, ProgressFn
@@ -177,9 +177,9 @@ def fit(
     base = tree.flatten(merged)
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
-    exact.add_vectors(experts, base, plans, offsets, report)
+    differences.add_vectors(experts, base, plans, offsets, report)
     for done, (name, plan) in enumerate(plans.items(), start=1):
-        stack = exact.difference_matrices(experts, base, name, plan)
+        stack = differences.matrices(experts, base, name, plan)
         stored, seen = directions(experts, base, name, plan)
         solution = solve(stack, seen, plan.rank, sweeps=sweeps, tolerance=tolerance)
         offsets[name] = Affine(

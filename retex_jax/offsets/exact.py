@@ -20,15 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.buffers import aligned_empty
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import activations, certified
+from retex_jax.offsets import activations, certified, differences
 from retex_jax.offsets.coding import Stored, check_bits, code, dense
 from retex_jax.offsets.factor_file import FactorFile
-from retex_jax.offsets.forms import Elementwise, Form, Orientation, Product
+from retex_jax.offsets.forms import Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
-from retex_jax.typing import Array, FlatParams, Params, ProgressFn
+from retex_jax.typing import Array, Params, ProgressFn
 
 Precision = Literal["auto", "float64", "float32"]
 
@@ -200,7 +199,7 @@ def fit(
     roots = {} if roots is None else roots
     offsets: dict[str, Form] = {} if file is None else file.offsets
     report = FitReport({}, {}, {}, {})
-    add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
+    differences.add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
     keys = {
@@ -211,7 +210,9 @@ def fit(
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
     done = 0
     for group in [*groups, *([name] for name in separate)]:
-        readers = [partial(difference_matrices, experts, base, name, plans[name]) for name in group]
+        readers = [
+            partial(differences.matrices, experts, base, name, plans[name]) for name in group
+        ]
         if group[0] in shared:
             root = activations.stack_roots(roots, group)
             products, solution = _fit_group(
@@ -350,57 +351,6 @@ def code_factors(offsets: jax.Array, shared: jax.Array, bits: int) -> Stored:
         stack = offsets.reshape(-1, offsets.shape[-1])
         solved = jnp.linalg.solve(gram + ridge * jnp.eye(len(gram)), shared @ stack.T)
     return code(solved.T.reshape(*offsets.shape[:2], -1), bits, axis=-2)
-
-
-def elementwise(vectors: jax.Array, bits: int = 32) -> Elementwise:
-    """The offset of a leaf below two axes: [T, *shape], float32, one scale a task where it is coded."""
-    axes = tuple(range(1, vectors.ndim))
-    return Elementwise(code(vectors, bits, axes) if axes else vectors, jnp.ones((), jnp.float32))
-
-
-def add_vectors(
-    experts: ExpertSet,
-    base: FlatParams,
-    plans: Mapping[str, LeafPlan],
-    offsets: dict[str, Form],
-    report: FitReport,
-    task_weights: jax.Array | None = None,
-    bits: int = 32,
-) -> None:
-    """Enters the leaves below two axes, each task's own offset, into `offsets` and `report`."""
-    weights = jnp.ones(experts.num_tasks) if task_weights is None else task_weights
-    for name in experts.float_leaves:
-        if name not in plans:
-            vectors = difference_vectors(experts, base, name)
-            offsets[name] = form = elementwise(vectors, bits)
-            scales = weights.reshape(-1, *[1] * (vectors.ndim - 1))
-            error = scales * (dense(form.generator) - vectors)
-            report.energies[name] = float(jnp.sum((scales * vectors) ** 2))
-            report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
-
-
-def difference_vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
-    """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
-    parts = experts.parts(name)
-    if None in parts:
-        return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
-    shape = experts.leaves[name].shape
-    merged = np.asarray(base[name]).reshape(-1)
-    differences = aligned_empty([experts.num_tasks, merged.size], np.float32)
-    for part in parts:
-        np.subtract(
-            experts.stacked(name, part), merged[part], out=differences[:, part], casting="unsafe"
-        )
-    differences = differences.reshape(experts.num_tasks, *shape)
-    return jnp.asarray(jax.device_put(differences, may_alias=True))
-
-
-def difference_matrices(
-    experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan
-) -> jax.Array:
-    """D_t of one leaf, as matrices: [T, a, b], float32; transposed where S stands on the left."""
-    matrices = tree.to_matrix(difference_vectors(experts, base, name), plan.view)
-    return jnp.asarray(matrices if plan.orientation == "right" else matrices.swapaxes(-1, -2))
 
 
 def add_to_report(report: FitReport, group: list[str], solution: Solution) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import alternating, exact
+from retex_jax.offsets import alternating, differences, exact
 from retex_jax.offsets.forms import Factorized, Form, Product
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import Params, ProgressFn
@@ -198,9 +198,9 @@ def fit(
     base = tree.flatten(merged)
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
-    exact.add_vectors(experts, base, plans, offsets, report)
+    differences.add_vectors(experts, base, plans, offsets, report)
     for done, (name, plan) in enumerate(plans.items(), start=1):
-        stack = exact.difference_matrices(experts, base, name, plan)
+        stack = differences.matrices(experts, base, name, plan)
         free = exact.solve_group(stack[None], plan.rank)
         exact.add_to_report(report, [name], free)
         if plan.rank <= task_rank:

@@ -19,6 +19,7 @@ from retex_jax.offsets import (
     adam,
     affine,
     alternating,
+    differences,
     exact,
     factor_file,
     factorized,
@@ -259,7 +260,7 @@ def _weights(
 def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
     base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
     for name in experts.float_leaves:
-        squares = exact.difference_vectors(experts, base, name) ** 2
+        squares = differences.vectors(experts, base, name) ** 2
         energies += np.asarray(squares.reshape(experts.num_tasks, -1).sum(axis=1), np.float64)
     # A task without an offset needs nothing, whatever its weight.
     return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
@@ -293,7 +294,7 @@ def _spend(
     base = tree.flatten(merged)
     measured = {}
     for name, plan in plans.items():
-        offsets = exact.difference_matrices(experts, base, name, plan)
+        offsets = differences.matrices(experts, base, name, plan)
         offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
         measured[name] = budgets.spectra(offsets, weights, sharing)
     return budgets.allocate(plans, measured, total - fixed, bits=bits, sharing=sharing)

@@ -59,7 +59,7 @@ def make_problem(
     for index, group in enumerate(groups):
         stack, lines = [], []
         for name in group:
-            offsets = shape_shared.differences(experts, base, name, plans)
+            offsets = shape_shared.task_differences(experts, base, name, plans)
             sums[0][:] += _sums(offsets * offsets)
             stack.append(offsets)
             if needs_directions:

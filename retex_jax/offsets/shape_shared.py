@@ -15,7 +15,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import exact
+from retex_jax.offsets import differences, exact
 from retex_jax.offsets.forms import Form, Product, Tied
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import FlatParams, Params, ProgressFn
@@ -32,13 +32,13 @@ def shape_groups(experts: ExpertSet, plans: Mapping[str, LeafPlan]) -> list[list
     return tree.groups(keys, lambda key: len(keys))
 
 
-def differences(
+def task_differences(
     experts: ExpertSet, base: FlatParams, name: str, plans: Mapping[str, LeafPlan]
 ) -> jax.Array:
     """D_t of one leaf: [T, a, b] as the solver sees it, or [T, *shape] below two axes, float32."""
     if name in plans:
-        return exact.difference_matrices(experts, base, name, plans[name])
-    return exact.difference_vectors(experts, base, name)
+        return differences.matrices(experts, base, name, plans[name])
+    return differences.vectors(experts, base, name)
 
 
 def leaf_mean(
@@ -47,7 +47,7 @@ def leaf_mean(
     """mean_l D_tl of the leaves of a shape, read one at a time: [T, a, b] or [T, *shape], float64."""
     total = np.zeros(())
     for name in group:
-        total = total + np.asarray(differences(experts, base, name, plans), np.float64)
+        total = total + np.asarray(task_differences(experts, base, name, plans), np.float64)
     return total / len(group)
 
 
@@ -76,7 +76,7 @@ def add_to_report(
       least: the least possible sum of ||mean - G_t S||^2.
     """
     for name in group:
-        offsets = np.asarray(differences(experts, base, name, plans), np.float64)
+        offsets = np.asarray(task_differences(experts, base, name, plans), np.float64)
         report.residuals[name] = float(np.sum((offsets - shared_offsets) ** 2))
         report.optima[name] = float(np.sum((offsets - mean) ** 2)) + least
         report.energies[name] = float(np.sum(offsets**2))
@@ -118,7 +118,7 @@ def fit(
             product = np.asarray(factors, np.float64) @ np.asarray(shared, np.float64)
             least = float(solution.optimum[0])
         else:
-            offsets[owner] = exact.elementwise(stored)
+            offsets[owner] = differences.elementwise(stored)
             product, least = np.asarray(stored, np.float64), 0.0
         offsets |= {name: Tied(owner) for name in group[1:]}
         add_to_report(report, experts, base, group, plans, mean, product, least)

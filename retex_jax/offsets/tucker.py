@@ -20,7 +20,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import alternating, exact
+from retex_jax.offsets import alternating, differences, exact
 from retex_jax.offsets.forms import Elementwise, Form, Product
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
 from retex_jax.typing import FlatParams, Params, ProgressFn
@@ -152,9 +152,7 @@ def _alternate(
     for sweep in range(1, sweeps + 1):
         gram = vectors_gram.copy()
         for name, plan in plans.items():
-            stack = jnp.asarray(
-                exact.difference_matrices(experts, base, name, plan), dtype=jnp.float64
-            )
+            stack = jnp.asarray(differences.matrices(experts, base, name, plan), dtype=jnp.float64)
             projected = _project(stack, jnp.asarray(columns), plan.rank, max_gram)[1]
             gram += np.asarray(_task_gram(projected))
         history.append(energy - float(np.trace(columns.T @ gram @ columns)))
@@ -168,7 +166,7 @@ def _alternate(
 
 
 def _differences(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
-    return jnp.asarray(exact.difference_vectors(experts, base, name), dtype=jnp.float64)
+    return jnp.asarray(differences.vectors(experts, base, name), dtype=jnp.float64)
 
 
 def _finish(
@@ -203,7 +201,7 @@ def _finish(
             report.optima[name] = bound
             continue
         plan = plans[name]
-        stack = exact.difference_matrices(experts, base, name, plan)
+        stack = differences.matrices(experts, base, name, plan)
         exact.add_to_report(report, [name], exact.solve_group(stack[None], plan.rank))
         stack = jnp.asarray(stack, dtype=jnp.float64)
         shared = _project(stack, jnp.asarray(columns), plan.rank, max_gram)[0].astype(jnp.float32)

@@ -1,0 +1,67 @@
+"""What offsets are fitted to: the experts' differences from the merged model, one leaf at a time.
+
+Leaves below two axes have no factors: each task's own difference is its offset.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retex_jax import tree
+from retex_jax.buffers import aligned_empty
+from retex_jax.experts import ExpertSet
+from retex_jax.offsets.coding import code, dense
+from retex_jax.offsets.forms import Elementwise, Form
+from retex_jax.offsets.state import FitReport, LeafPlan
+from retex_jax.typing import FlatParams
+
+
+def elementwise(own: jax.Array, bits: int = 32) -> Elementwise:
+    """The offset of a leaf below two axes: [T, *shape], float32, one scale a task where it is coded."""
+    axes = tuple(range(1, own.ndim))
+    return Elementwise(code(own, bits, axes) if axes else own, jnp.ones((), jnp.float32))
+
+
+def add_vectors(
+    experts: ExpertSet,
+    base: FlatParams,
+    plans: Mapping[str, LeafPlan],
+    offsets: dict[str, Form],
+    report: FitReport,
+    task_weights: jax.Array | None = None,
+    bits: int = 32,
+) -> None:
+    """Enters the leaves below two axes, each task's own offset, into `offsets` and `report`."""
+    weights = jnp.ones(experts.num_tasks) if task_weights is None else task_weights
+    for name in experts.float_leaves:
+        if name not in plans:
+            own = vectors(experts, base, name)
+            offsets[name] = form = elementwise(own, bits)
+            scales = weights.reshape(-1, *[1] * (own.ndim - 1))
+            error = scales * (dense(form.generator) - own)
+            report.energies[name] = float(jnp.sum((scales * own) ** 2))
+            report.residuals[name], report.optima[name] = float(jnp.sum(error**2)), 0.0
+
+
+def vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
+    """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
+    parts = experts.parts(name)
+    if None in parts:
+        return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
+    shape = experts.leaves[name].shape
+    merged = np.asarray(base[name]).reshape(-1)
+    differences = aligned_empty([experts.num_tasks, merged.size], np.float32)
+    for part in parts:
+        np.subtract(
+            experts.stacked(name, part), merged[part], out=differences[:, part], casting="unsafe"
+        )
+    differences = differences.reshape(experts.num_tasks, *shape)
+    return jnp.asarray(jax.device_put(differences, may_alias=True))
+
+
+def matrices(experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan) -> jax.Array:
+    """D_t of one leaf, as matrices: [T, a, b], float32; transposed where S stands on the left."""
+    seen = tree.to_matrix(vectors(experts, base, name), plan.view)
+    return jnp.asarray(seen if plan.orientation == "right" else seen.swapaxes(-1, -2))
