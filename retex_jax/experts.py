@@ -303,10 +303,19 @@ class ExpertSet:
 
     def task_vectors(self, name: str, part: slice | None = None) -> Array:
         """tau_t = theta_t - theta_0 of one leaf (arXiv:2212.04089), or of a part, as `stacked`."""
-        stacked = ExpertSet.stacked(self, name, part)
         if part is None:
+            stacked = ExpertSet.stacked(self, name)
             return stacked - jnp.asarray(self.pretrained(name), dtype=jnp.float32)
-        stacked -= np.asarray(self.pretrained(name, part), np.float32)
+        pretrained = np.asarray(self.pretrained(name, part), np.float32)
+        stacked = scratch(self.num_tasks, pretrained.size)
+        for row, source in zip(stacked, self._experts, strict=True):
+            np.subtract(
+                read_part(source, name, part),
+                pretrained,
+                out=row,
+                dtype=np.float32,
+                casting="unsafe",
+            )
         return stacked
 
     def rebased(self, merged: Params) -> "ExpertSet":

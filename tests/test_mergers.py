@@ -174,7 +174,8 @@ def test_parts_do_not_change_the_result(name, dtype, model, monkeypatch):
 @pytest.mark.parametrize("name", MERGERS)
 def test_an_error_in_a_part_is_raised(name, monkeypatch):
     experts = expert_set(*references.few_leaves(2))
-    monkeypatch.setattr(type(experts), "stacked", lambda *_: 1 / 0)
+    for name_of in ("stacked", "task_vectors"):
+        monkeypatch.setattr(type(experts), name_of, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rtx.METHODS[name].fit(experts, **MERGERS[name])
 

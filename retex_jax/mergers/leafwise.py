@@ -83,6 +83,17 @@ class Leaves:
         else:
             self._leaves[name][part] = values
 
+    def amend(
+        self, name: str, part: slice | None, positions: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Stores other values, [k], at positions in a flattened part or leaf that is stored."""
+        leaf = self._leaves[name]
+        if part is None:
+            changed = leaf.reshape(-1).at[positions].set(values.astype(leaf.dtype))
+            self._leaves[name] = changed.reshape(leaf.shape)
+        else:
+            leaf[part][positions] = values
+
     def take(self, name: str) -> jax.Array:
         """A leaf of which all parts are stored: [*shape]; it is not kept."""
         leaf = self._leaves.pop(name).reshape(self._shapes[name])

@@ -9,7 +9,7 @@ fine, find it. Arithmetic is in float32.
 
 import math
 import threading
-from functools import partial, reduce
+from functools import reduce
 from typing import Literal
 
 import jax
@@ -29,6 +29,9 @@ from retex_jax.typing import Array, Params
 _BINS = 1 << 20
 _ALL = 1 << 31  # bit patterns of magnitudes
 _SAMPLE = 1 << 17
+
+Cancelled = tuple[np.ndarray, np.ndarray]
+"""Positions in a flattened leaf or part where values cancel, and what a positive majority makes of them."""
 
 DEFAULT_SCALING = {"mean": 1.0, "sum": 0.3}
 
@@ -93,17 +96,17 @@ def _ties_leaf(
     pretrained: jax.Array,
     task_vectors: jax.Array,
     limits: jax.Array,
-    majority_sign: float | jax.Array,
     scaling: float | jax.Array,
     merge: Literal["mean", "sum"],
-) -> tuple[jax.Array, jax.Array]:
-    """The merged leaf, and whether values in it cancel, so that the majority decides."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The merged leaf under a negative and a positive majority, whether they differ, the sum of elected signs."""
     trimmed = trim(task_vectors, limits)
     signs = elect_signs(trimmed, 0.0)
-    merged = disjoint_merge(trimmed, jnp.where(signs == 0, majority_sign, signs), merge)
-    is_kept = reduce(jnp.logical_or, jnp.unstack(trimmed != 0))
-    cancels = jnp.any((signs == 0) & is_kept)
-    return pretrained + scaling * merged, cancels
+    negative, positive = (
+        pretrained + scaling * disjoint_merge(trimmed, jnp.where(signs == 0, sign, signs), merge)
+        for sign in (-1.0, 1.0)
+    )
+    return negative, positive, jnp.any(negative != positive), signs.sum(dtype=jnp.int32)
 
 
 def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
@@ -242,20 +245,27 @@ def fit(
     limits = thresholds(experts, density)
     leaves = Leaves(experts)
 
-    def merge_part(name: str, part: slice | None, majority: float) -> bool:
+    def merge_part(name: str, part: slice | None) -> tuple[int, Cancelled | None]:
         pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
         task_vectors = experts.task_vectors(name, part)
-        merged, cancels = _ties_leaf(pretrained, task_vectors, limits, majority, scaling, merge)
+        merged, other, cancels, balance = _ties_leaf(
+            pretrained, task_vectors, limits, scaling, merge
+        )
         leaves.put(name, part, merged)
-        return bool(cancels)
+        if not cancels:
+            return int(balance), None
+        others = np.asarray(other).reshape(-1)
+        positions = np.flatnonzero(others != np.asarray(merged).reshape(-1))
+        return int(balance), (positions, others[positions])
 
-    # The majority matters only where values cancel, so it is not asked for before that is seen.
-    cancelling = [
-        name
-        for name, cancels in map_parts(experts, partial(merge_part, majority=-1.0))
-        if any(cancels)
-    ]
-    if cancelling and majority_sign(experts, limits) > 0:
-        for _ in map_parts(experts, partial(merge_part, majority=1.0), cancelling):
-            pass
+    # The majority is known after all leaves, and matters only where values cancel: seldom.
+    total, cancelled = 0, []
+    for name, pieces in map_parts(experts, merge_part):
+        for part, (balance, values) in zip(experts.parts(name), pieces, strict=True):
+            total += balance
+            if values is not None:
+                cancelled.append((name, part, *values))
+    if total > 0:
+        for name, part, positions, values in cancelled:
+            leaves.amend(name, part, positions, values)
     return merge_leaves(experts, leaves.take)
