@@ -2,7 +2,8 @@
 
 A token of task t passes a leaf as y = W x + G_t (S x): W and S are applied to the tokens of all tasks at
 once, G_t by a product over inputs that are sorted by task (`grouped`). No parameters of an expert are made.
-One compiled program serves every mixture of tasks: task ids are traced.
+One compiled program serves every mixture of tasks: task ids are traced. An input may also have a mixture of the
+experts: its offset is then sum_t w_t (theta_t - theta_merge), as that of `offsets.mix`.
 
 No model is written twice: the model runs under `jax.vmap` over its inputs, with the merged model's
 matrices, and `flax.linen.intercept_methods` adds what the offset does to the output of each `nn.Dense`,
@@ -26,7 +27,7 @@ from retex_jax import models, offsets, tree
 from retex_jax.models.interception import patches
 from retex_jax.models.vit import PatchEmbed
 from retex_jax.offsets import OffsetState
-from retex_jax.recovery.grouped import task_product
+from retex_jax.recovery.grouped import of_task, task_product
 from retex_jax.recovery.terms import Term, leaf_terms
 from retex_jax.typing import Batch, FlatParams, Params
 
@@ -104,22 +105,23 @@ def prepare(model: nn.Module, state: OffsetState) -> Factored:
     return Factored(kept, by_task, terms)
 
 
-def apply(model: nn.Module, factored: Factored, batch: Batch, task_ids: jax.Array) -> Any:
-    """Runs each input through the expert of its task; pure, may be traced and compiled.
+def apply(model: nn.Module, factored: Factored, batch: Batch, tasks: jax.Array) -> Any:
+    """Runs each input through the expert of its task, or a mixture of experts; pure, may be traced and compiled.
 
     Args:
       model: as for `prepare`; static under `jax.jit`.
       factored: from `prepare`.
       batch: what the model takes; all arrays [B, ...].
-      task_ids: [B], integers, 0 to T - 1 (not checked), in any order.
+      tasks: task ids [B], integers, 0 to T - 1 (not checked), in any order; or weights over tasks, [B, T],
+        float, of sum 1 (not checked).
 
     Returns:
       What the model returns for the batch: `models.Features`, or arrays [B, ...].
     """
-    order = jnp.argsort(task_ids, stable=True)
+    order = jnp.argsort(tasks, stable=True) if tasks.ndim == 1 else jnp.arange(len(tasks))
 
     def one(inputs: Batch, task: jax.Array) -> Any:
-        own = {name: leaf[task] for name, leaf in factored.by_task.items()}
+        own = {name: of_task(leaf, task) for name, leaf in factored.by_task.items()}
         params = tree.unflatten({**factored.merged, **own})
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -134,7 +136,7 @@ def apply(model: nn.Module, factored: Factored, batch: Batch, task_ids: jax.Arra
         return _map_rows(lambda x, axis: jnp.squeeze(x, axis), output)
 
     sorted_batch = {name: jnp.asarray(array)[order] for name, array in batch.items()}
-    output = jax.vmap(one)(sorted_batch, task_ids[order])
+    output = jax.vmap(one)(sorted_batch, tasks[order])
     back = jnp.argsort(order)
     return _map_rows(lambda x, axis: jnp.moveaxis(x[back], 0, axis), output)
 
@@ -196,9 +198,15 @@ def _leaf_of(context: Any) -> str:
 
 def _correction(module: nn.Module, x: jax.Array, term: Term, task: jax.Array) -> jax.Array:
     """What a term of the offset adds to the output of a module for one input."""
+    if task.ndim and sum(factor.ndim != 2 for factor in term) > 1:  # no product of mixed factors
+        each = [
+            weight * _correction(module, x, term, jnp.int32(index))
+            for index, weight in enumerate(jnp.unstack(task))
+        ]
+        return sum(each[1:], each[0])
     first, *others = term
     if isinstance(module, nn.Embed):
-        x = first[x] if first.ndim == 2 else first[task, x]
+        x = first[x] if first.ndim == 2 else of_task(first[:, x], task)
     else:
         x = patches(x, module.patch_size) if isinstance(module, PatchEmbed) else x
         x = _multiply(x.astype(first.dtype), first, task)
@@ -209,7 +217,7 @@ def _correction(module: nn.Module, x: jax.Array, term: Term, task: jax.Array) ->
 
 def _multiply(x: jax.Array, factor: jax.Array, task: jax.Array) -> jax.Array:
     if factor.ndim == 1:
-        return x * factor[task]
+        return x * of_task(factor, task)
     return x @ factor if factor.ndim == 2 else task_product(x, factor, task)
 
 

@@ -1,16 +1,19 @@
-"""Products of inputs with a matrix a task: x_i -> x_i G_t(i), for inputs that are sorted by task.
+"""Products of inputs with a matrix a task: x_i -> x_i G_t(i), for inputs that are sorted by task, or with a mixture.
 
 On an accelerator this is `jax.lax.ragged_dot` over all tokens. On CPU (two cores, jax 0.10.2, 3200 tokens) that
 took 2 to 13 times one shared product of the same size, and a loop over the inputs, each multiplied by its
 task's matrix as it lies in memory, 1 to 2 times. Windows of several inputs took as long or longer, but for
 inputs of few tokens; gathered matrices, padded groups, and one product with the matrices of all tasks longer
-still. The choice is by `jax.default_backend()`.
+still. The choice is by `jax.default_backend()`. An input's own mixture of the matrices, x_i (sum_t w_it G_t), is made
+for a few inputs at a time.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_MIXED = 4  # inputs whose mixed matrices lie in memory together
 
 
 @jax.custom_batching.custom_vmap
@@ -20,12 +23,24 @@ def task_product(x: jax.Array, factor: jax.Array, task: jax.Array) -> jax.Array:
     Args:
       x: [..., in]; under vmap, inputs of one task must stand side by side, ordered by task.
       factor: a matrix a task, [T, in, out]; may not be mapped.
-      task: task id, [].
+      task: task id, [], integer; or weights over tasks, [T], float: inputs then stand in any order.
 
     Returns:
       [..., out].
     """
-    return x @ factor[task]
+    return x @ of_task(factor, task)
+
+
+def of_task(stacked: jax.Array, task: jax.Array) -> jax.Array:
+    """One task's part, or the mixture, of what is stacked by task: [T, *shape] to [*shape].
+
+    Args:
+      stacked: [T, *shape].
+      task: task id, [], integer; or weights, [T], float.
+    """
+    if task.ndim == 0:
+        return stacked[task]
+    return jnp.tensordot(task, stacked, axes=1, precision="highest").astype(stacked.dtype)
 
 
 @task_product.def_vmap
@@ -36,9 +51,13 @@ def _(
     if has_factors:
         raise ValueError("factor: got one for each input, expected one for each task")
     if not has_tasks:
-        return x @ factor[task], has_inputs
+        return x @ of_task(factor, task), has_inputs
     if not has_inputs:
         x = jnp.broadcast_to(x, (size, *x.shape))
+    if task.ndim == 2:
+        return jax.lax.map(
+            lambda one: one[0] @ of_task(factor, one[1]), (x, task), batch_size=min(_MIXED, size)
+        ), True
     by_group = _loop if jax.default_backend() == "cpu" else _ragged
     return by_group(x, factor, task), True
 

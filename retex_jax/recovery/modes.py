@@ -8,6 +8,8 @@
   made. See `retex_jax.recovery.factored`.
 - "auto": by counts and bytes, "factored" or what is cheaper; see `retex_jax.recovery.planning`.
 
+Inputs of no known task have mixtures of experts instead (`Recoverer.mixed_features`), which are applied in factors.
+
 Batches have powers of two as sizes, and texts of a batch are cut alike (`data.trim`), so that few programs are
 compiled; none depends on which tasks a batch holds.
 """
@@ -97,6 +99,32 @@ class Recoverer:
             features[members] = self._run(run, data.take(inputs, members), ids[members])
         return features
 
+    def mixed_features(self, examples: Examples, weights: np.ndarray) -> np.ndarray:
+        """Runs each example through its own mixture of the experts, as `offsets.mix` has it.
+
+        Args:
+          examples: input arrays [n, ...]; what the model does not read is left out.
+          weights: over tasks, [n, T], float, rows of sum 1; see `retex_jax.identifier.weights`.
+
+        Returns:
+          Pooled features [n, d], float32, in the order of the examples.
+
+        Raises:
+          ValueError: if the weights are not [n, T], are not finite, or a row does not sum to 1.
+        """
+        inputs = {name: np.asarray(examples[name]) for name in self._reads if name in examples}
+        weights = np.asarray(weights, np.float32)
+        count = len(next(iter(inputs.values())))
+        if weights.shape != (count, self.state.num_tasks):
+            raise ValueError(
+                f"weights: got shape {weights.shape}, expected {(count, self.state.num_tasks)}"
+            )
+        sums = weights.sum(axis=1)
+        if not np.allclose(sums, 1, atol=1e-3):
+            row = int(np.flatnonzero(~np.isclose(sums, 1, atol=1e-3))[0])
+            raise ValueError(f"weights: got row {row} of sum {sums[row]}, expected rows of sum 1")
+        return self._run(partial(_factored, self.model, self.factored), inputs, weights)
+
     def plan(self, examples: Examples, task_ids: np.ndarray) -> Mode:
         """What "auto" does with these examples: "factored", "materialized" or "grouped"."""
         counts = Counter(np.asarray(task_ids).tolist())
@@ -142,11 +170,11 @@ class Recoverer:
         return offsets.recover(self.state, task)
 
     def _run(
-        self, program: Callable[..., models.Features], inputs: Examples, ids: np.ndarray
+        self, program: Callable[..., models.Features], inputs: Examples, tasks: np.ndarray
     ) -> np.ndarray:
-        features = np.empty((len(ids), self.model.config.feature_dim), np.float32)
-        for rows, batch, batch_ids in batches(inputs, ids, self.max_batch):
-            features[rows] = np.asarray(program(batch, batch_ids).pooled)[: len(rows)]
+        features = np.empty((len(tasks), self.model.config.feature_dim), np.float32)
+        for rows, batch, batch_tasks in batches(inputs, tasks, self.max_batch):
+            features[rows] = np.asarray(program(batch, batch_tasks).pooled)[: len(rows)]
         return features
 
     def _checked(self, inputs: Examples, task_ids: np.ndarray, mode: str) -> np.ndarray:
@@ -205,24 +233,24 @@ class ParamsCache:
 
 
 def batches(
-    inputs: Examples, task_ids: np.ndarray, max_batch: int
+    inputs: Examples, tasks: np.ndarray, max_batch: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]]:
     """Cuts inputs into batches of few shapes, texts of like length side by side.
 
     Args:
       inputs: arrays [n, ...].
-      task_ids: [n].
+      tasks: [n] or [n, T].
       max_batch: the largest batch.
 
     Yields:
-      (rows, batch, ids): positions of the inputs; arrays [B, ...] that begin with them and repeat the last up
-      to B, a power of two; the task ids [B].
+      (rows, batch, tasks): positions of the inputs; arrays [B, ...] that begin with them and repeat the last up
+      to B, a power of two; the tasks [B] or [B, T].
     """
     order = data.by_length(inputs)
     for start in range(0, len(order), max_batch):
         rows = order[start : start + max_batch]
         padded = np.pad(rows, (0, planning.bucket(len(rows), max_batch) - len(rows)), mode="edge")
-        yield rows, data.trim(data.take(inputs, padded)), task_ids[padded]
+        yield rows, data.trim(data.take(inputs, padded)), tasks[padded]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -231,8 +259,8 @@ def _plain(model: Any, params: Params, batch: Batch, _: Any) -> models.Features:
 
 
 @partial(jax.jit, static_argnums=0)
-def _factored(model: Any, factored: Factored, batch: Batch, task_ids: jax.Array) -> models.Features:
-    return apply(model, factored, batch, task_ids)
+def _factored(model: Any, factored: Factored, batch: Batch, tasks: jax.Array) -> models.Features:
+    return apply(model, factored, batch, tasks)
 
 
 @partial(jax.jit, static_argnums=0)
