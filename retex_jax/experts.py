@@ -348,6 +348,29 @@ class ExpertSet:
             raise ValueError("the merged model does not fit:\n  " + "\n  ".join(problems))
         return replace(self, _pretrained=source)
 
+    def take(self, tasks: Sequence[int]) -> "ExpertSet":
+        """Some of the experts, in this order, of the same pretrained model.
+
+        Args:
+          tasks: different task ids, 0 to T - 1.
+
+        Returns:
+          The expert set; no leaf is copied.
+
+        Raises:
+          ValueError: if there is no task, or they are not different ids in range.
+        """
+        chosen = list(tasks)
+        if not chosen or len(set(chosen)) < len(chosen) or set(chosen) - set(range(self.num_tasks)):
+            raise ValueError(
+                f"tasks: got {chosen}, expected one or more different ids from 0 to {self.num_tasks - 1}"
+            )
+        return replace(
+            self,
+            names=tuple(self.names[task] for task in chosen),
+            _experts=tuple(self._experts[task] for task in chosen),
+        )
+
     def pretrained_params(self) -> Params:
         """The whole pretrained model, as a nested dict."""
         return tree.unflatten({name: self.pretrained(name) for name in self.leaves})

@@ -7,6 +7,7 @@ are packed without gaps, so that the bytes of a coded array are those of the rel
 and give NumPy's arrays or JAX's, and can be traced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -104,6 +105,41 @@ def dense(stored: Stored) -> Array:
         table = stored.codes.__array_namespace__().asarray(levels(stored.bits))
         values = table[unpack(stored.codes, stored.bits, prod(stored.shape))].reshape(stored.shape)
     return values * stored.scales.astype("float32")
+
+
+def code_factors(offsets: jax.Array, shared: jax.Array, bits: int) -> Stored:
+    """The least-squares task factors for a given shared factor, in few bits.
+
+    Args:
+      offsets: D_t, [T, a, b], float32.
+      shared: S, [r, b], float32, of any rows.
+      bits: of an entry.
+
+    Returns:
+      [T, a, r].
+    """
+    with jax.default_matmul_precision("highest"):
+        gram = shared @ shared.T
+        # A row of zeros has no part in the solution, and must not make it singular.
+        ridge = 1e-6 * jnp.trace(gram) / max(1, len(gram))
+        stack = offsets.reshape(-1, offsets.shape[-1])
+        solved = jnp.linalg.solve(gram + ridge * jnp.eye(len(gram)), shared @ stack.T)
+    return code(solved.T.reshape(*offsets.shape[:2], -1), bits, axis=-2)
+
+
+def concatenate(parts: Sequence[Stored]) -> Stored:
+    """Joins what is coded alike along the first axis.
+
+    Args:
+      parts: all but the last of a multiple of eight entries of the first axis, so that codes end on a byte.
+    """
+    first = parts[0]
+    if not isinstance(first, Coded):
+        return jnp.concatenate([jnp.asarray(part) for part in parts])
+    same = [part for part in parts if isinstance(part, Coded)]
+    shape = (sum(part.shape[0] for part in same), *first.shape[1:])
+    codes = jnp.concatenate([part.codes for part in same])
+    return Coded(codes, jnp.concatenate([part.scales for part in same]), first.bits, shape)
 
 
 def take(stored: Stored, indices: np.ndarray) -> Stored:

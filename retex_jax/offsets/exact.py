@@ -21,13 +21,13 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import activations, certified, differences
-from retex_jax.offsets.coding import Stored, check_bits, code, dense
+from retex_jax.offsets import activations, certified, differences, streamed
+from retex_jax.offsets.coding import Stored, check_bits, code, code_factors, dense
 from retex_jax.offsets.factor_file import FactorFile
 from retex_jax.offsets.forms import Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
-from retex_jax.typing import Array, Params, ProgressFn
+from retex_jax.typing import Array, FlatParams, Params, ProgressFn
 
 Precision = Literal["auto", "float64", "float32"]
 
@@ -164,6 +164,7 @@ def fit(
     roots: Mapping[str, Array] | None = None,
     precision: Precision = "auto",
     group_bytes: int = 1 << 24,
+    stack_bytes: int = 1 << 31,
     file: FactorFile | None = None,
     progress: ProgressFn | None = None,
 ) -> OffsetState:
@@ -183,6 +184,9 @@ def fit(
       precision: see `solve_group`; "auto" solves large leaves in the least precision whose result is certified
         (see `retex_jax.offsets.certified`).
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
+      stack_bytes: the most float32 bytes of one leaf's offsets that are held: those of more are read twice, a few
+        tasks at a time (see `retex_jax.offsets.streamed`). Not where tasks do not share a factor, the leaf has a
+        root, or b > `MAX_GRAM`.
       file: takes the offsets as they are solved, which are then mapped from it.
       progress: called with (leaves done, leaves).
 
@@ -202,18 +206,34 @@ def fit(
     differences.add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
+    large = {
+        name
+        for name, plan in shared.items()
+        if 4 * experts.num_tasks * prod(plan.solved_shape) > stack_bytes
+        and plan.rank
+        and name not in roots
+        and plan.solved_shape[1] <= MAX_GRAM
+    }
     keys = {
         name: (plan.solved_shape, plan.rank, plan.orientation, name in roots)
         for name, plan in shared.items()
+        if name not in large
     }
-    stack_bytes = 4 * experts.num_tasks
-    groups = tree.groups(keys, lambda key: max(1, group_bytes // (stack_bytes * prod(key[0]))))
+    entry_bytes = 4 * experts.num_tasks
+    groups = tree.groups(keys, lambda key: max(1, group_bytes // (entry_bytes * prod(key[0]))))
     done = 0
-    for group in [*groups, *([name] for name in separate)]:
+    for group in [*groups, *([name] for name in (*large, *separate))]:
         readers = [
             partial(differences.matrices, experts, base, name, plans[name]) for name in group
         ]
-        if group[0] in shared:
+        if group[0] in large:
+            (name,) = group
+            plan = plans[name]
+            leaf = _stream(experts, base, name, plan, weights, bits, precision, stack_bytes, file)
+            offsets[name] = Product(leaf.task_factors, leaf.shared_factor, plan.orientation)
+            report.residuals[name], report.optima[name] = leaf.residual, leaf.optimum
+            report.energies[name], report.spectra[name] = leaf.energy, leaf.spectrum
+        elif group[0] in shared:
             root = activations.stack_roots(roots, group)
             products, solution = _fit_group(
                 readers, plans[group[0]], weights, root, bits, precision
@@ -234,6 +254,33 @@ def fit(
         if progress:
             progress(done, len(plans))
     return OffsetState.baked(merged, offsets, report, experts.num_tasks, experts.layout)
+
+
+def _stream(
+    experts: ExpertSet,
+    base: FlatParams,
+    name: str,
+    plan: LeafPlan,
+    weights: jax.Array,
+    bits: int,
+    precision: Precision,
+    stack_bytes: int,
+    file: FactorFile | None,
+) -> streamed.Streamed:
+    """Solves a leaf a few tasks at a time, in the metric of the tasks' weights."""
+
+    def read(tasks: Sequence[int]) -> jax.Array:
+        return differences.matrices(experts.take(tasks), base, name, plan)
+
+    return streamed.solve(
+        read,
+        streamed.chunks(experts.num_tasks, 4 * prod(plan.solved_shape), stack_bytes),
+        plan.rank,
+        np.asarray(weights),
+        bits=bits,
+        precision="float64" if precision == "auto" else precision,
+        empty=streamed.in_memory if file is None else file.empty,
+    )
 
 
 def _fit_group(
@@ -331,26 +378,6 @@ def code_group(
 
     with jax.default_matmul_precision("highest"):
         return jax.vmap(code_leaf)(offsets, shared_factors, roots)
-
-
-def code_factors(offsets: jax.Array, shared: jax.Array, bits: int) -> Stored:
-    """The least-squares task factors for a given shared factor, in few bits.
-
-    Args:
-      offsets: D_t, [T, a, b], float32.
-      shared: S, [r, b], float32, of any rows.
-      bits: of an entry.
-
-    Returns:
-      [T, a, r].
-    """
-    with jax.default_matmul_precision("highest"):
-        gram = shared @ shared.T
-        # A row of zeros has no part in the solution, and must not make it singular.
-        ridge = 1e-6 * jnp.trace(gram) / max(1, len(gram))
-        stack = offsets.reshape(-1, offsets.shape[-1])
-        solved = jnp.linalg.solve(gram + ridge * jnp.eye(len(gram)), shared @ stack.T)
-    return code(solved.T.reshape(*offsets.shape[:2], -1), bits, axis=-2)
 
 
 def add_to_report(report: FitReport, group: list[str], solution: Solution) -> None:

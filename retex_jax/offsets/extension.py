@@ -17,9 +17,8 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.offsets import budget as budgets
 from retex_jax.offsets import separate
-from retex_jax.offsets.coding import Stored, coded_bytes, dense, take
+from retex_jax.offsets.coding import Stored, code_factors, coded_bytes, dense, take
 from retex_jax.offsets.differences import elementwise
-from retex_jax.offsets.exact import code_factors
 from retex_jax.offsets.forms import Elementwise, Extended, Form, OwnForm, Product, Separate, Tied
 from retex_jax.offsets.state import LeafPlan, OffsetState, plan_leaves
 from retex_jax.typing import Params

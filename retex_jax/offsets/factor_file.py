@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import jax
@@ -52,9 +53,25 @@ class FactorFile:
         self._entries: dict[str, dict[str, object]] = {}
         self._size = 0
         self._last: dict[str, np.ndarray] = {}
+        self._room: dict[int, int] = {}
         self._facts: dict[str, object] = {}
         self.offsets: dict[str, Form] = _Offsets(self)
         self._file.seek(self._start)
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Room for a float32 tensor that is filled bit by bit and then put, before anything else is.
+
+        It lies in the file, or in memory where `put` would keep it there.
+        """
+        size = 4 * prod(shape)
+        if size % _ALIGNMENT or not size:
+            return np.empty(shape, np.float32)
+        start, self._size = self._size, self._size + size
+        self._file.seek(self._start + self._size)
+        self._file.truncate()
+        room = np.memmap(self._path, np.float32, "r+", self._start + start, shape)
+        self._room = {id(room): start}
+        return room
 
     def put(self, name: str, array: Array) -> Array:
         """Writes a tensor, and gives the same mapped from the file.
@@ -62,12 +79,16 @@ class FactorFile:
         One whose bytes would put the next out of alignment is written last, and stays in memory.
         """
         values = np.asarray(array)
+        if id(array) in self._room:
+            start = self._room.pop(id(array))
+            self._enter(name, values, start)
+            return self._mapped(values, start)
         if values.nbytes % _ALIGNMENT or not values.nbytes:
             self._last[name] = values
             return array
         start = self._write(name, values)
         self._file.flush()
-        return _alias(np.memmap(self._path, values.dtype, "r", self._start + start, values.shape))
+        return self._mapped(values, start)
 
     def put_form(self, name: str, form: Form) -> Form:
         """Writes a leaf's offset, and gives the same mapped from the file."""
@@ -110,13 +131,20 @@ class FactorFile:
 
     def _write(self, name: str, values: np.ndarray) -> int:
         start, self._size = self._size, self._size + values.nbytes
+        self._enter(name, values, start)
+        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        return start
+
+    def _enter(self, name: str, values: np.ndarray, start: int) -> None:
         self._entries[name] = {
             "dtype": _DTYPE_NAMES[values.dtype],
             "shape": list(values.shape),
-            "data_offsets": [start, self._size],
+            "data_offsets": [start, start + values.nbytes],
         }
-        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        return start
+
+    def _mapped(self, values: np.ndarray, start: int) -> Array:
+        own = np.memmap(self._path, values.dtype, "r", self._start + start, values.shape)
+        return _alias(own)
 
 
 class _Offsets(dict[str, Form]):

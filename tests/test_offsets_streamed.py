@@ -1,0 +1,99 @@
+"""Leaves of many experts that are solved a few tasks at a time, against the same in one stack."""
+
+import jax
+import numpy as np
+import pytest
+import references
+from expert_sets import expert_set
+
+import retex_jax as rtx
+from retex_jax.experts import ExpertSet
+from retex_jax.offsets import factor_file, streamed
+from retex_jax.offsets.coding import code, concatenate, dense
+
+NUM_TASKS = 19
+FIT = rtx.METHODS["retex"].fit
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return expert_set(*references.few_leaves(NUM_TASKS))
+
+
+def assert_close(found, want):
+    for name, leaf in references.flat(want).items():
+        np.testing.assert_allclose(references.flat(found)[name], leaf, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 3, "orientation": "left"},
+        {"rank": 2, "bits": 3, "task_weights": "energy"},
+        {"budget": 0.3, "task_weights": tuple(range(1, NUM_TASKS + 1))},
+    ],
+    ids=str,
+)
+def test_a_few_tasks_at_a_time_give_what_all_give(experts, options, tmp_path):
+    want = FIT(experts, **options)
+    path = tmp_path / "offsets.safetensors"
+    found = FIT(experts, **options, stack_bytes=1, file=path)
+    is_coded = "bits" in options  # then a factor's last digit may decide on a code
+    for task in (0, 7, 8, NUM_TASKS - 1):
+        if not is_coded:
+            assert_close(rtx.offsets.recover(found, task), rtx.offsets.recover(want, task))
+    for part in ("residuals", "optima", "energies"):
+        figures, wanted = getattr(found.report, part), getattr(want.report, part)
+        assert figures.keys() == wanted.keys()
+        for name, figure in figures.items():
+            within = 1e-2 if is_coded and part == "residuals" else 1e-5
+            assert figure == pytest.approx(wanted[name], rel=within, abs=1e-9), (part, name)
+    loaded = factor_file.load(path)
+    in_memory = FIT(experts, **options, stack_bytes=1)
+    for name, form in in_memory.offsets.items():
+        for other in (found.offsets[name], loaded.offsets[name]):
+            for one, same in zip(jax.tree.leaves(form), jax.tree.leaves(other), strict=True):
+                np.testing.assert_array_equal(one, same)
+
+
+def test_no_more_than_a_few_tasks_are_read_at_once(experts, monkeypatch):
+    asked = []
+    read = ExpertSet.stacked
+
+    def spy(self, name, part=None):
+        asked.append((name, self.num_tasks))
+        return read(self, name, part)
+
+    base = rtx.METHODS["weight_average"].fit(experts)
+    monkeypatch.setattr(ExpertSet, "stacked", spy)
+    FIT(experts, rank=2, base=base, stack_bytes=1)
+    counts = {name: {n for other, n in asked if other == name} for name, _ in asked}
+    matrices = [name for name in counts if len(experts.leaves[name].shape) > 1]
+    assert matrices
+    assert all(counts[name] == {8, 3} for name in matrices)
+
+
+def test_single_precision_certifies_nothing(experts):
+    state = FIT(experts, rank=2, stack_bytes=1, precision="float32")
+    want = FIT(experts, rank=2)
+    assert np.isnan(state.report.optimum)
+    assert state.report.residual == pytest.approx(want.report.residual, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 8, 9, 64])
+@pytest.mark.parametrize("stack_bytes", [1, 1000, 5000])
+def test_chunks(num_tasks, stack_bytes):
+    parts = streamed.chunks(num_tasks, 100, stack_bytes)
+    assert [task for part in parts for task in part] == list(range(num_tasks))
+    assert all(len(part) % 8 == 0 for part in parts[:-1])
+    assert all(len(part) == 8 or 100 * len(part) <= stack_bytes for part in parts[:-1])
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 8, 16, 32])
+def test_joined_codes_are_the_codes_of_the_whole(bits):
+    array = np.random.default_rng(0).normal(size=(19, 3, 5)).astype(np.float32)
+    parts = [code(array[start : start + 8], bits, axis=-2) for start in (0, 8, 16)]
+    whole, joined = code(array, bits, axis=-2), concatenate(parts)
+    np.testing.assert_array_equal(dense(joined), dense(whole))
+    for one, other in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
