@@ -45,6 +45,9 @@ __all__ = [
 # Elements of a part: 1 MiB of float32 an expert, so that the parts of all experts stay in the cache, and a
 # multiple of 8, so that masks are packed in parts as they are whole.
 _PART = 1 << 18
+# Elements of a part of all experts, where they are many, and the least of a part.
+_PARTS = 1 << 23
+_LEAST_PART = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,8 @@ class ExpertSet:
         if any(mapped(source, name) is None for source in sources):
             return [None]
         size = math.prod(self.leaves[name].shape)
-        return [slice(start, min(start + _PART, size)) for start in range(0, max(size, 1), _PART)]
+        step = min(_PART, max(_LEAST_PART, _PARTS // self.num_tasks // 8 * 8))
+        return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
     def pretrained(self, name: str, part: slice | None = None) -> Array:
         """One leaf of the pretrained model: [*shape], its own dtype; one of its `parts`: [n].

@@ -8,7 +8,7 @@ from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
 from retex_jax import experts as experts_module
-from retex_jax.mergers import average, task_arithmetic, ties
+from retex_jax.mergers import leafwise, ties
 
 MERGERS = {
     "weight_average": {},
@@ -289,14 +289,31 @@ def test_unknown_merge():
         _merge("ties", *references.few_leaves(1), merge="max")
 
 
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray], ids=["in parts", "whole"])
+def test_more_tasks_than_are_unrolled(place):
+    pretrained, experts = references.few_leaves(2 * leafwise._MOST_UNROLLED + 3)
+    made = expert_set(*jax.tree.map(place, (pretrained, experts)))
+    size = sum(leaf.size for leaf in pretrained.values() if references.is_float(leaf))
+    wanted = {
+        "weight_average": ({}, references.weight_average(pretrained, experts)),
+        "task_arithmetic": (
+            {"scaling": 0.01},
+            references.task_arithmetic(pretrained, experts, 0.01),
+        ),
+        "ties": ({"density": 0.3}, references.ties(pretrained, experts, int(0.3 * size))),
+    }
+    for name, (options, want) in wanted.items():
+        assert_close(rtx.METHODS[name].fit(made, **options), want)
+
+
 def test_leaf_functions_under_jit_equal_eager():
     pretrained, experts = references.grid_model(8)
     start = jnp.asarray(pretrained["dense/kernel"])
     stack = jnp.stack([expert["dense/kernel"] for expert in experts])
     limits = jnp.linspace(0, 0.5, 8, dtype=jnp.float32)
     calls = [
-        lambda: average.average_leaf(stack),
-        lambda: task_arithmetic.task_arithmetic_leaf(start, stack - start, 0.3),
+        lambda: leafwise.sum_over_tasks(stack),
+        lambda: leafwise.sum_over_tasks(jnp.tile(stack, (5, 1, 1))),
         lambda: ties.trim(stack - start, limits),
         lambda: ties.elect_signs(stack - start, -1.0),
         lambda: ties.disjoint_merge(stack - start, jnp.sign(start), "mean"),

@@ -3,17 +3,18 @@
 Needs no data and no pretrained model. Computed in float32 and stored in the pretrained model's dtype.
 """
 
+from functools import partial
+
 import jax
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import merge_parts, sum_over_tasks
+from retex_jax.mergers.leafwise import merge_parts, sum_experts
 from retex_jax.typing import Params
 
 
-@jax.jit
-def average_leaf(experts: jax.Array) -> jax.Array:
-    """Mean over tasks: [T, *shape] float32 to [*shape]."""
-    return sum_over_tasks(experts) / len(experts)
+def average(experts: ExpertSet, name: str, part: slice | None = None) -> jax.Array:
+    """Mean over tasks of one leaf, [*shape], or of one of its parts, [n]; float32."""
+    return sum_experts(experts, lambda some: some.stacked(name, part)) / experts.num_tasks
 
 
 def fit(experts: ExpertSet, *, key: jax.Array | None = None) -> Params:
@@ -27,4 +28,4 @@ def fit(experts: ExpertSet, *, key: jax.Array | None = None) -> Params:
       The merged model.
     """
     del key
-    return merge_parts(experts, lambda name, part: average_leaf(experts.stacked(name, part)))
+    return merge_parts(experts, partial(average, experts))

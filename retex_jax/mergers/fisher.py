@@ -47,7 +47,7 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.average import average_leaf
+from retex_jax.mergers.average import average
 from retex_jax.mergers.consensus import per_task
 from retex_jax.mergers.leafwise import merge_leaves
 from retex_jax.typing import Batch, FlatParams, Params
@@ -265,7 +265,7 @@ def fit(
 
     def merge_leaf(name: str) -> jax.Array:
         total = denominators.pop(name)
-        mean = average_leaf(experts.stacked(name))
+        mean = average(experts, name)
         return jnp.where(total > 0, numerators.pop(name) / jnp.where(total > 0, total, 1.0), mean)
 
     return merge_leaves(experts, merge_leaf)

@@ -14,11 +14,12 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.buffers import aligned_empty
 from retex_jax.experts import ExpertSet
-from retex_jax.typing import Params
+from retex_jax.typing import Array, Params
 
 _Result = TypeVar("_Result")
 
 _MAX_THREADS = 8  # a thread holds a few parts' stacks
+_MOST_UNROLLED = 32  # tasks
 
 
 def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> Params:
@@ -135,9 +136,54 @@ def map_parts(
         pool.shutdown(cancel_futures=True)
 
 
+def fold_tasks(
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    values: jax.Array,
+    each: Callable[[jax.Array], jax.Array] = lambda one: one,
+) -> jax.Array:
+    """Combines the tasks' values one after another, as XLA reduces a leading axis slowly on CPU.
+
+    Args:
+      combine: two arrays [*shape] to one.
+      values: [T, *shape].
+      each: what is done with a task's values before.
+
+    Returns:
+      [*shape].
+    """
+    if len(values) > _MOST_UNROLLED:  # compiling takes as long as there are tasks
+        return jax.lax.fori_loop(
+            1,
+            len(values),
+            lambda task, sofar: combine(sofar, each(values[task])),
+            each(values[0]),
+        )
+    return reduce(combine, [each(one) for one in jnp.unstack(values)])
+
+
 def sum_over_tasks(values: jax.Array) -> jax.Array:
-    """[T, *shape] to [*shape]: one addition after another, as XLA reduces a leading axis slowly on CPU."""
-    return reduce(jnp.add, jnp.unstack(values))
+    """[T, *shape] to [*shape]."""
+    return fold_tasks(jnp.add, values)
+
+
+def sum_experts(experts: ExpertSet, read: Callable[[ExpertSet], Array]) -> jax.Array:
+    """The sum of a leaf, or of a part of it, over experts that are read a few at a time.
+
+    Args:
+      experts: the experts.
+      read: some of them to their leaves or parts, [c, *shape], float32.
+
+    Returns:
+      [*shape], float32.
+    """
+    starts = range(0, experts.num_tasks, _MOST_UNROLLED)
+    chunks = (range(start, min(start + starts.step, experts.num_tasks)) for start in starts)
+    # Each is computed before the next are read, which may take the same memory.
+    sums = (jax.block_until_ready(_sum(read(experts.take(chunk)))) for chunk in chunks)
+    return reduce(jnp.add, sums)
+
+
+_sum = jax.jit(sum_over_tasks)
 
 
 def check_finite_number(name: str, value: float) -> None:

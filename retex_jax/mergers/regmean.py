@@ -38,7 +38,7 @@ from retex_jax.calibration import (
     second_moments,
 )
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.average import average_leaf
+from retex_jax.mergers.average import average
 from retex_jax.mergers.leafwise import merge_leaves
 from retex_jax.typing import Batch, Params
 
@@ -138,7 +138,7 @@ def fit(
         solved |= _regress(experts, linear_inputs, calibration.batches, group, alpha)
 
     def merge_leaf(name: str) -> jax.Array:
-        mean = average_leaf(experts.stacked(name))
+        mean = average(experts, name)
         if name not in solved:
             return mean
         return jax.device_put(solved.pop(name).reshape(mean.shape), mean.sharding)

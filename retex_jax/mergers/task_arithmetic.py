@@ -4,29 +4,23 @@ Needs no data for a given scaling; the scaling is usually chosen on labelled val
 eight vision tasks, from a grid of 0.1 to 1). Computed in float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_parts, sum_over_tasks
+from retex_jax.mergers.leafwise import check_finite_number, merge_parts, sum_experts
 from retex_jax.typing import Params
 
 
-@jax.jit
-def task_arithmetic_leaf(
-    pretrained: jax.Array, task_vectors: jax.Array, scaling: float | jax.Array
+def add_task_vectors(
+    experts: ExpertSet, name: str, part: slice | None = None, *, scaling: float
 ) -> jax.Array:
-    """Adds the scaled sum of task vectors.
-
-    Args:
-      pretrained: [*shape], float32.
-      task_vectors: [T, *shape], float32.
-      scaling: lambda.
-
-    Returns:
-      [*shape], float32.
-    """
-    return pretrained + scaling * sum_over_tasks(task_vectors)
+    """theta_0 + scaling * sum_t tau_t of one leaf, [*shape], or of one of its parts, [n]; float32."""
+    pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
+    total = sum_experts(experts, lambda some: some.task_vectors(name, part))
+    return pretrained + scaling * total
 
 
 def fit(experts: ExpertSet, *, key: jax.Array | None = None, scaling: float = 0.3) -> Params:
@@ -45,9 +39,4 @@ def fit(experts: ExpertSet, *, key: jax.Array | None = None, scaling: float = 0.
     """
     del key
     check_finite_number("scaling", scaling)
-
-    def merge_part(name: str, part: slice | None) -> jax.Array:
-        pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
-        return task_arithmetic_leaf(pretrained, experts.task_vectors(name, part), scaling)
-
-    return merge_parts(experts, merge_part)
+    return merge_parts(experts, partial(add_task_vectors, experts, scaling=scaling))

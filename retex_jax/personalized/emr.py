@@ -23,7 +23,6 @@ unified vector is stored in the leaf's dtype.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal
 
 import jax
@@ -32,7 +31,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import Leaves, map_parts, sum_over_tasks
+from retex_jax.mergers.leafwise import Leaves, fold_tasks, map_parts, sum_over_tasks
 from retex_jax.personalized import changes, masks
 from retex_jax.typing import Array, FlatParams, Params
 
@@ -73,8 +72,7 @@ def elect(task_vectors: jax.Array) -> jax.Array:
       tau_uni, [*shape], float32; 0 where no value has that sign.
     """
     sign = jnp.where(sum_over_tasks(task_vectors) > 0, 1.0, -1.0)
-    # One task after another, as XLA reduces a leading axis slowly on CPU.
-    return reduce(jnp.maximum, jnp.unstack(task_vectors * sign), 0.0) * sign
+    return jnp.maximum(fold_tasks(jnp.maximum, task_vectors * sign), 0.0) * sign
 
 
 @jax.jit

@@ -35,7 +35,7 @@ from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.leafwise import check_finite_number, merge_leaves
-from retex_jax.mergers.task_arithmetic import task_arithmetic_leaf
+from retex_jax.mergers.task_arithmetic import add_task_vectors
 from retex_jax.personalized import bank, gate_training, gating, routing
 from retex_jax.typing import Array, Batch, FlatParams, Params, ProgressFn
 
@@ -156,10 +156,9 @@ def _below(path: str, names: Iterable[str]) -> list[str]:
 
 def _base(experts: ExpertSet, gated: list[str], scaling: float) -> Params:
     def merge_leaf(name: str) -> jax.Array:
-        pretrained = jnp.asarray(experts.pretrained(name), jnp.float32)
         if name in gated:
-            return pretrained
-        return task_arithmetic_leaf(pretrained, experts.task_vectors(name), scaling)
+            return jnp.asarray(experts.pretrained(name), jnp.float32)
+        return add_task_vectors(experts, name, scaling=scaling)
 
     return merge_leaves(experts, merge_leaf)
 
