@@ -8,7 +8,7 @@ from expert_sets import expert_set
 
 import retex_jax as rtx
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import factor_file, streamed
+from retex_jax.offsets import exact, factor_file, streamed
 from retex_jax.offsets.coding import code, concatenate, dense
 
 NUM_TASKS = 19
@@ -20,9 +20,9 @@ def experts():
     return expert_set(*references.few_leaves(NUM_TASKS))
 
 
-def assert_close(found, want):
+def assert_close(found, want, atol=1e-6):
     for name, leaf in references.flat(want).items():
-        np.testing.assert_allclose(references.flat(found)[name], leaf, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(references.flat(found)[name], leaf, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,16 @@ def test_no_more_than_a_few_tasks_are_read_at_once(experts, monkeypatch):
     matrices = [name for name in counts if len(experts.leaves[name].shape) > 1]
     assert matrices
     assert all(counts[name] == {8, 3} for name in matrices)
+
+
+def test_a_side_that_is_too_large_for_a_gram_matrix(experts, monkeypatch):
+    want = FIT(experts, rank=2)
+    monkeypatch.setattr(exact, "MAX_GRAM", 1)
+    found = FIT(experts, rank=2, stack_bytes=1)
+    assert np.isnan(found.report.optimum)
+    assert found.report.residual == pytest.approx(want.report.residual, rel=1e-4)
+    assert found.report.energy == pytest.approx(want.report.energy, rel=1e-6)
+    assert_close(rtx.offsets.recover(found, 3), rtx.offsets.recover(want, 3), atol=2e-3)
 
 
 def test_single_precision_certifies_nothing(experts):

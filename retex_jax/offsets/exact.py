@@ -32,8 +32,6 @@ from retex_jax.typing import Array, FlatParams, Params, ProgressFn
 Precision = Literal["auto", "float64", "float32"]
 
 MAX_GRAM = 8192
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 4
 
 
 class Solution(NamedTuple):
@@ -131,10 +129,10 @@ def _left_gram(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _range_finder(stack: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    width = min(rank + _OVERSAMPLING, *stack.shape)
+    width = min(rank + streamed.OVERSAMPLING, *stack.shape)
     probe = jax.random.normal(jax.random.key(0), (stack.shape[0], width), stack.dtype)
     basis = jnp.linalg.qr(stack.T @ probe)[0]
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(streamed.POWER_ITERATIONS):
         basis = jnp.linalg.qr(stack.T @ jnp.linalg.qr(stack @ basis)[0])[0]
     eigenvalues, vectors = jnp.linalg.eigh((stack @ basis).T @ (stack @ basis))
     shared = (basis @ vectors[:, ::-1][:, :rank]).T
@@ -185,8 +183,8 @@ def fit(
         (see `retex_jax.offsets.certified`).
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
       stack_bytes: the most float32 bytes of one leaf's offsets that are held: those of more are read twice, a few
-        tasks at a time (see `retex_jax.offsets.streamed`). Not where tasks do not share a factor, the leaf has a
-        root, or b > `MAX_GRAM`.
+        tasks at a time (see `retex_jax.offsets.streamed`). Not where tasks do not share a factor or the
+        leaf has a root.
       file: takes the offsets as they are solved, which are then mapped from it.
       progress: called with (leaves done, leaves).
 
@@ -212,7 +210,6 @@ def fit(
         if 4 * experts.num_tasks * prod(plan.solved_shape) > stack_bytes
         and plan.rank
         and name not in roots
-        and plan.solved_shape[1] <= MAX_GRAM
     }
     keys = {
         name: (plan.solved_shape, plan.rank, plan.orientation, name in roots)
@@ -275,8 +272,10 @@ def _stream(
     return streamed.solve(
         read,
         streamed.chunks(experts.num_tasks, 4 * prod(plan.solved_shape), stack_bytes),
+        plan.solved_shape[1],
         plan.rank,
         np.asarray(weights),
+        max_gram=MAX_GRAM,
         bits=bits,
         precision="float64" if precision == "auto" else precision,
         empty=streamed.in_memory if file is None else file.empty,

@@ -2,7 +2,8 @@
 
 The Gram matrix of the stacked offsets is a sum over tasks, and so are the energy and the residual: two passes over the
 experts, one for the sum and one for the task factors, need the memory of a few tasks' offsets, whatever T is. All sums
-are in float64 (default), so that the optimum is known.
+are in float64 (default), so that the optimum is known. Where the Gram matrix is too large, power iterations take more
+passes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,18 @@ import numpy as np
 from retex_jax.buffers import aligned_empty
 from retex_jax.offsets.coding import Coded, Stored, code, code_factors, concatenate, dense
 
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+"""Of the range finder."""
+
 _MULTIPLE = 8  # of tasks, so that codes of any bits end on a byte
 
 Read = Callable[[Sequence[int]], jax.Array]
 """D_t of some tasks: [c, a, b], float32."""
+
+
+Weighted = Callable[[], Iterator[tuple[range, jax.Array, jax.Array]]]
+"""A pass over the tasks: some of them, their offsets and their weights."""
 
 
 class Streamed(NamedTuple):
@@ -29,9 +38,9 @@ class Streamed(NamedTuple):
       task_factors: [T, a, r].
       shared_factor: [r, b].
       residual: of these factors, weighted.
-      optimum: of factors that are not coded; NaN in float32.
+      optimum: of factors that are not coded; NaN where it is unknown: in float32 or by the range finder.
       energy: weighted.
-      spectrum: squared singular values, [b], descending.
+      spectrum: squared singular values, descending: [b], or [r] by the range finder.
     """
 
     task_factors: Stored
@@ -56,9 +65,11 @@ def in_memory(shape: tuple[int, ...]) -> np.ndarray:
 def solve(
     read: Read,
     parts: Sequence[range],
+    columns: int,
     rank: int,
     weights: np.ndarray,
     *,
+    max_gram: int,
     bits: int = 32,
     precision: Literal["float64", "float32"] = "float64",
     empty: Callable[[tuple[int, ...]], np.ndarray] = in_memory,
@@ -66,10 +77,12 @@ def solve(
     """Solves one leaf.
 
     Args:
-      read: gives the offsets of some tasks; called twice for each part.
+      read: gives the offsets of some tasks; called twice for each part, or seven times above `max_gram`.
       parts: the tasks, in order, as `chunks` cuts them.
+      columns: b.
       rank: r, from 1 to min(a, b).
       weights: [T]: a task's squared error counts times the square of its weight.
+      max_gram: the largest side of a Gram matrix; the range finder of `retex_jax.offsets.exact` is used above it.
       bits: of an entry of the factors; see `retex_jax.offsets.exact.fit`.
       precision: of products, sums and eigenvectors.
       empty: shape to the float32 memory that takes the task factors, where they are not coded.
@@ -84,11 +97,12 @@ def solve(
             yield part, read(part), own
 
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
-        gram, energy = jnp.zeros((), precision), jnp.zeros((), precision)
-        for _, offsets, own in weighted():
-            gram, energy = _add(gram, energy, offsets, own)
-        shared, spectrum = _leading(gram, rank)
-        optimum = spectrum[rank:].sum() if precision == "float64" else jnp.nan
+        if columns <= max_gram:
+            shared, spectrum, energy = _by_gram(weighted, rank, precision)
+            optimum = spectrum[rank:].sum() if precision == "float64" else jnp.nan
+        else:
+            shared, spectrum, energy = _by_range(weighted, columns, rank, precision)
+            optimum = jnp.nan
         stored: Stored = code(shared, bits, axis=-1)
         basis = jnp.asarray(dense(stored))
         residual = jnp.zeros((), precision)
@@ -110,6 +124,48 @@ def solve(
         float(energy),
         np.asarray(spectrum),
     )
+
+
+def _by_gram(
+    weighted: Weighted, rank: int, precision: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The shared factor, all squared singular values and the energy, in one pass."""
+    gram, energy = jnp.zeros((), precision), jnp.zeros((), precision)
+    for _, offsets, own in weighted():
+        gram, energy = _add(gram, energy, offsets, own)
+    return *_leading(gram, rank), energy
+
+
+def _by_range(
+    weighted: Weighted, columns: int, rank: int, precision: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The shared factor, the first squared singular values and the energy, by power iterations."""
+    width = min(rank + OVERSAMPLING, columns)
+    basis = jax.random.normal(jax.random.key(0), (columns, width), precision)
+    for turn in range(POWER_ITERATIONS + 2):
+        image, gram, energy = (jnp.zeros((), precision) for _ in range(3))
+        for _, offsets, own in weighted():
+            image, gram, energy = _add_image(image, gram, energy, offsets, own, basis)
+        if turn <= POWER_ITERATIONS:
+            basis = jnp.linalg.qr(image)[0]
+    turned, spectrum = _leading(gram, rank)
+    shared = jnp.matmul(turned.astype(precision), basis.T).astype(jnp.float32)
+    return shared, spectrum[:rank], energy
+
+
+@jax.jit
+def _add_image(
+    image: jax.Array,
+    gram: jax.Array,
+    energy: jax.Array,
+    offsets: jax.Array,
+    weights: jax.Array,
+    basis: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds some tasks to C Q, [b, w], to Q^T C Q, [w, w], and to the sum of squares."""
+    stack = (offsets * weights[:, None, None]).astype(image.dtype).reshape(-1, offsets.shape[-1])
+    projected = stack @ basis
+    return image + stack.T @ projected, gram + projected.T @ projected, energy + jnp.sum(stack**2)
 
 
 @jax.jit
