@@ -70,7 +70,7 @@ def test_no_more_than_a_few_tasks_are_read_at_once(experts, monkeypatch):
     counts = {name: {n for other, n in asked if other == name} for name, _ in asked}
     matrices = [name for name in counts if len(experts.leaves[name].shape) > 1]
     assert matrices
-    assert all(counts[name] == {8, 3} for name in matrices)
+    assert all(counts[name] == {1} for name in matrices)
 
 
 def test_a_side_that_is_too_large_for_a_gram_matrix(experts, monkeypatch):
@@ -92,11 +92,12 @@ def test_single_precision_certifies_nothing(experts):
 
 @pytest.mark.parametrize("num_tasks", [1, 8, 9, 64])
 @pytest.mark.parametrize("stack_bytes", [1, 1000, 5000])
-def test_chunks(num_tasks, stack_bytes):
-    parts = streamed.chunks(num_tasks, 100, stack_bytes)
+@pytest.mark.parametrize(("bits", "least"), [(3, 8), (32, 1)])
+def test_chunks(num_tasks, stack_bytes, bits, least):
+    parts = streamed.chunks(num_tasks, 100, stack_bytes, bits)
     assert [task for part in parts for task in part] == list(range(num_tasks))
-    assert all(len(part) % 8 == 0 for part in parts[:-1])
-    assert all(len(part) == 8 or 100 * len(part) <= stack_bytes for part in parts[:-1])
+    assert all(len(part) % least == 0 for part in parts[:-1])
+    assert all(len(part) == least or 100 * len(part) <= stack_bytes for part in parts[:-1])
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 8, 16, 32])

@@ -20,6 +20,7 @@ _Result = TypeVar("_Result")
 
 _MAX_THREADS = 8  # a thread holds a few parts' stacks
 _MOST_UNROLLED = 32  # tasks
+_STACK = 1 << 24  # entries of whole leaves of experts that are added at once, or one leaf
 
 
 def merge_leaves(experts: ExpertSet, merge_leaf: Callable[[str], jax.Array]) -> Params:
@@ -166,20 +167,28 @@ def sum_over_tasks(values: jax.Array) -> jax.Array:
     return fold_tasks(jnp.add, values)
 
 
-def sum_experts(experts: ExpertSet, read: Callable[[ExpertSet], Array]) -> jax.Array:
+def sum_experts(
+    experts: ExpertSet,
+    name: str,
+    part: slice | None,
+    read: Callable[[ExpertSet, str, slice | None], Array],
+) -> jax.Array:
     """The sum of a leaf, or of a part of it, over experts that are read a few at a time.
 
     Args:
       experts: the experts.
-      read: some of them to their leaves or parts, [c, *shape], float32.
+      name: of the leaf.
+      part: of it; None for all.
+      read: what is added, of some experts: [c, *shape], float32.
 
     Returns:
       [*shape], float32.
     """
-    starts = range(0, experts.num_tasks, _MOST_UNROLLED)
+    size = math.prod(experts.leaves[name].shape) if part is None else part.stop - part.start
+    starts = range(0, experts.num_tasks, max(1, min(_MOST_UNROLLED, _STACK // max(size, 1))))
     chunks = (range(start, min(start + starts.step, experts.num_tasks)) for start in starts)
     # Each is computed before the next are read, which may take the same memory.
-    sums = (jax.block_until_ready(_sum(read(experts.take(chunk)))) for chunk in chunks)
+    sums = (jax.block_until_ready(_sum(read(experts.take(chunk), name, part))) for chunk in chunks)
     return reduce(jnp.add, sums)
 
 

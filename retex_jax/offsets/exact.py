@@ -271,7 +271,7 @@ def _stream(
 
     return streamed.solve(
         read,
-        streamed.chunks(experts.num_tasks, 4 * prod(plan.solved_shape), stack_bytes),
+        streamed.chunks(experts.num_tasks, 4 * prod(plan.solved_shape), stack_bytes, bits),
         plan.solved_shape[1],
         plan.rank,
         np.asarray(weights),

@@ -21,7 +21,7 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 """Of the range finder."""
 
-_MULTIPLE = 8  # of tasks, so that codes of any bits end on a byte
+_MULTIPLE = 8  # of tasks, so that codes of few bits end on a byte
 
 Read = Callable[[Sequence[int]], jax.Array]
 """D_t of some tasks: [c, a, b], float32."""
@@ -51,9 +51,10 @@ class Streamed(NamedTuple):
     spectrum: np.ndarray
 
 
-def chunks(num_tasks: int, task_bytes: int, stack_bytes: int) -> list[range]:
-    """Ranges of tasks whose offsets take at most so many bytes together, or of eight."""
-    step = max(_MULTIPLE, stack_bytes // task_bytes // _MULTIPLE * _MULTIPLE)
+def chunks(num_tasks: int, task_bytes: int, stack_bytes: int, bits: int = 32) -> list[range]:
+    """Ranges of tasks whose offsets take at most so many bytes together, or of one; of eight below 8 bits."""
+    multiple = _MULTIPLE if bits < 8 else 1
+    step = max(multiple, stack_bytes // task_bytes // multiple * multiple)
     return [range(start, min(start + step, num_tasks)) for start in range(0, num_tasks, step)]
 
 
