@@ -167,8 +167,22 @@ def writing(path: str | os.PathLike[str], leaves: Mapping[str, object]) -> Itera
             file.close()
 
 
+def save(path: str | os.PathLike[str], state: OffsetState) -> None:
+    """Writes a state that is in memory, atomically; `load` opens it. Spectra are not part of it.
+
+    Args:
+      path: of the file; its folder must exist.
+      state: of addressable arrays; see `offsets.gather`.
+    """
+    with writing(path, tree.flatten(state.merged)) as file:
+        file.put_merged(state.merged)
+        for name, form in state.offsets.items():
+            file.offsets[name] = form
+        file.finish(state)
+
+
 def load(path: str | os.PathLike[str]) -> OffsetState:
-    """Opens a file that `fit` wrote.
+    """Opens a file that `fit` or `save` wrote.
 
     Args:
       path: of the file.
