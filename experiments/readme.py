@@ -1,0 +1,361 @@
+"""Writes the figures of README.md and of experiments/docs from the committed results.
+
+    python experiments/readme.py            # rewrites the pages and the picture
+    python experiments/readme.py --check    # changes nothing; shows what differs, and exits with 1
+
+A page has what is written here between two lines, "<!-- begin NAME -->" and "<!-- end NAME -->"; `BLOCKS` has the
+names. Read are experiments/results/*/results.json, experiments/benchmarks/*.json and the tables of the package.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import picture
+from compared import IN_SHORT, KEPT_APART, ONE_MODEL, ROUTED, SUITES, Entry
+
+ROOT = Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- begin (\w+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
+
+
+@functools.cache
+def read(path: str) -> Any:
+    """A JSON file, by its path in the repository."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def results_path(experiment: str) -> str:
+    """Where an experiment's results lie."""
+    return f"experiments/results/{experiment}/results.json"
+
+
+def entry(suite: str, name: Entry) -> dict[str, Any] | None:
+    """The row of a comparison of all methods; None where the suite has none."""
+    name = name if isinstance(name, str) else name[SUITES.index(suite)]
+    if name is None:
+        return None
+    path = results_path(f"{suite}_compare")
+    return _only(path, [row for row in read(path)["rows"] if row["entry"] == name], name)
+
+
+def row(experiment: str, method: str, *, rank: int | None = None, told: str = "known") -> Any:
+    """The row of an experiment; `told` is what it knew: "known" (the task), "head" or "nothing"."""
+    path = results_path(experiment)
+    knew = {"known": (True, True), "head": (False, True), "nothing": (False, False)}[told]
+    found = [
+        row
+        for row in read(path)["rows"]
+        if row["method"] == method
+        and (row["task_known"], row["head_known"]) == knew
+        and (rank is None or row["variant"].endswith(f" r={rank}"))
+    ]
+    return _only(path, found, f"{method}, rank {rank}, {told}")
+
+
+def _only(path: str, found: Sequence[Any], what: str) -> Any:
+    if len(found) != 1:
+        raise ValueError(f"{path}: got {len(found)} rows of {what!r}, expected one")
+    return found[0]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; of the columns after the first, numbers are at the right."""
+    rows = list(rows)
+    align = ["---", *(["---:"] * (len(header) - 1))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
+
+
+def score(found: dict[str, Any]) -> str:
+    """Normalized accuracy, with the standard deviation where there are several seeds, and what was chosen."""
+    text = f"{found['normalized_accuracy']:.3f}"
+    if (spread := found.get("normalized_accuracy_std")) is not None:
+        text += f" ± {spread:.3f}"
+    chosen = re.search(r"=([\d.]+) \(validation\)", found["variant"])
+    return f"{text} ({chosen[1]})" if chosen else text
+
+
+def percent(fraction: float) -> str:
+    """Three digits."""
+    return f"{100 * fraction:.3g}%"
+
+
+def demo() -> str:
+    """Accuracy of each task of the demo."""
+    results = read(results_path("demo"))
+    columns = {
+        "linear probe": results["linear_probe"],
+        "expert": results["individual"],
+        "Weight Averaging": row("demo", "weight_average")["accuracy"],
+        "recovered": row("demo", "retex", rank=64)["accuracy"],
+        "routed": row("demo", "retex", rank=64, told="head")["accuracy"],
+        "nothing known": row("demo", "retex", rank=64, told="nothing")["accuracy"],
+    }
+    rows = [
+        [task, *(f"{accuracy[task]:.3f}" for accuracy in columns.values())]
+        for task in results["tasks"]
+    ]
+    known = [row("demo", "weight_average"), row("demo", "retex", rank=64)]
+    unknown = [row("demo", "retex", rank=64, told=told) for told in ("head", "nothing")]
+    rows.append(["normalized", "", "1", *(score(found) for found in (*known, *unknown))])
+    others = {
+        name: row("demo", name)["normalized_accuracy"] for name in ("task_arithmetic", "ties")
+    }
+    sent = unknown[0]["identification_accuracy"]
+    told = (
+        f"`{results_path('demo')}`, commit `{results['commit']}`, seed {results['seed']}. Normalized, Task "
+        f"Arithmetic (scaling 0.3) reaches {others['task_arithmetic']:.3f} and TIES (density 0.2) "
+        f"{others['ties']:.3f}. {percent(sent)} of the mixed test inputs are sent to the right task. The offsets "
+        f"take {percent(known[1]['amr'])} of the model a task at rank {results['offsets']['rank']}. With cached "
+        f"experts the run took {sum(results['seconds'].values()):.0f} s."
+    )
+    return f"{table(['task', *columns], rows)}\n\n{told}"
+
+
+def solvers() -> str:
+    """The closed form beside the paper's loop, on the demo."""
+    rows = []
+    for name in ("demo", "demo_adam_rank64", "demo_adam_rank16"):
+        found = read(results_path(name))
+        fit, shown = found["offsets"], "closed form"
+        if fit["solver"] == "adam":
+            adam = read(f"experiments/results/{name}/config.json")["offsets"]["adam"]
+            shown = f"Adam, {adam['steps']} steps, {adam['learning_rate']:g}"
+        rank = fit["rank"]
+        recovered = score(row(name, "retex", rank=rank))
+        figures = (
+            f"{fit['ratio']:.4f}",
+            recovered,
+            f"{fit['seconds']:.0f}",
+            f"`{found['commit']}`",
+        )
+        rows.append([shown, str(rank), *figures, f"`{name}`"])
+    header = ["solver", "rank", "residual / optimum", "recovered", "seconds", "commit"]
+    return table([*header, "`experiments/results/`"], rows)
+
+
+def unknown_tasks() -> str:
+    """What is left where the task has to be identified."""
+    rows = []
+    for name in ("demo", *SUITES):
+        found = read(results_path(name))
+        told = {
+            told: row(name, "retex", rank=64, told=told) for told in ("known", "head", "nothing")
+        }
+        sent = percent(told["head"]["identification_accuracy"])
+        rows.append([f"`{name}`", *map(score, told.values()), sent, f"`{found['commit']}`"])
+    header = [
+        "`experiments/results/`",
+        "recovered",
+        "routed",
+        "nothing known",
+        "right task",
+        "commit",
+    ]
+    return table(header, rows)
+
+
+def _comparison(*groups: dict[str, Entry], shown: Sequence[str] | None = None) -> str:
+    entries = {label: name for group in groups for label, name in group.items()}
+    labels = list(entries) if shown is None else shown
+    header, commits = ["method"], []
+    for suite in SUITES:
+        header += [f"`{suite}`", "bytes a task"]
+    rows = []
+    for label in labels:
+        cells = [label]
+        for suite in SUITES:
+            if found := entry(suite, entries[label]):
+                cells += [score(found), percent(found["amr"])]
+                commits.append((suite, found["commit"]))
+            else:
+                cells += ["", ""]
+        rows.append(cells)
+    files = " and ".join(
+        f"`{results_path(f'{suite}_compare')}` (commits "
+        + ", ".join(f"`{commit}`" for commit in dict.fromkeys(c for s, c in commits if s == suite))
+        + ")"
+        for suite in SUITES
+    )
+    return f"{table(header, rows)}\n\nFrom {files}."
+
+
+def comparison() -> str:
+    """The usual setting of each method, beside ours."""
+    return _comparison(ONE_MODEL, KEPT_APART, ROUTED, shown=IN_SHORT)
+
+
+def comparison_one_model() -> str:
+    """All that merge into one model."""
+    return _comparison(ONE_MODEL)
+
+
+def comparison_kept_apart() -> str:
+    """All that keep experts apart, the task being known."""
+    return _comparison(KEPT_APART)
+
+
+def comparison_routed() -> str:
+    """All that mix experts by input."""
+    return _comparison(ROUTED)
+
+
+def benchmarks() -> str:
+    """Time and memory of mergers beside mergekit, and of forward passes beside torch."""
+    path = "experiments/benchmarks/mergers.json"
+    found = read(path)
+    rows = []
+    for method, theirs in found["mergekit"].items():
+        cells = [f"`{method}`"]
+        for measured in (found["ours"][method], theirs):
+            cells.append(f"{measured['process_seconds']:.1f}")
+            cells.append(f"{measured['peak_anonymous_bytes'] / 1e6:.0f}")
+        rows.append(cells)
+    passes = "experiments/benchmarks/forward.json"
+    forward = read(passes)
+    ratios = " and ".join(
+        f"{forward[key]['ratio']:.2f} times ({name})"
+        for key, name in (("clip_vit_b32", "CLIP ViT-B/32"), ("roberta_base", "RoBERTa-base"))
+    )
+    header = ["merger", "seconds", "peak MB", "mergekit's seconds", "mergekit's peak MB"]
+    return (
+        f"{table(header, rows)}\n\nFrom `{path}`, commit `{found['commit']}`, {found['cores']} cores. Forward "
+        f"passes run at {ratios} the speed of transformers' torch models (`{passes}`, commit "
+        f"`{forward['commit']}`)."
+    )
+
+
+def methods() -> str:
+    """METHODS by what they need."""
+    from retex_jax.methods import METHODS
+
+    by_needs: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        by_needs.setdefault(method.needs, []).append(f"`{name}`")
+    said = {"none": "nothing"}
+    rows = [[said.get(needs, needs), " ".join(names)] for needs, names in by_needs.items()]
+    return table(["needs", "methods"], rows).replace("---:", "---")
+
+
+def identifiers() -> str:
+    """IDENTIFIERS and what they need."""
+    from retex_jax.identifier import IDENTIFIERS
+
+    rows = [
+        [
+            f"`{name}`",
+            method.needs,
+            " ".join(f"`{option}`" for option in method.options),
+            "yes" if hasattr(method.module, "add") else "no",
+        ]
+        for name, method in IDENTIFIERS.items()
+    ]
+    header = ["identifier", "needs", "options", "takes a new task alone"]
+    return table(header, rows).replace("---:", "---")
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block
+    for block in (
+        demo,
+        solvers,
+        unknown_tasks,
+        comparison,
+        comparison_one_model,
+        comparison_kept_apart,
+        comparison_routed,
+        benchmarks,
+        methods,
+        identifiers,
+    )
+}
+
+
+def pages() -> list[Path]:
+    """README.md and the documentation."""
+    return [ROOT / "README.md", *sorted((ROOT / "experiments/docs").glob("*.md"))]
+
+
+def render(text: str) -> str:
+    """A page with what belongs between its marks.
+
+    Raises:
+      ValueError: if a name is unknown, or a mark has no partner.
+    """
+    marks = re.findall(r"<!-- (begin|end) (\w+) -->", text)
+    paired = [
+        mark for match in MARKED.finditer(text) for mark in (("begin", match[2]), ("end", match[2]))
+    ]
+    if marks != paired:
+        raise ValueError(f"marks: got {marks}, expected each begin to be followed by its end")
+    if unknown := sorted({name for _, name in marks} - set(BLOCKS)):
+        raise ValueError(f"marks: got {unknown}, expected some of {sorted(BLOCKS)}")
+    return MARKED.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[4]}", text)
+
+
+def points() -> picture.Points:
+    """What the picture shows: by suite and curve, bytes a task and normalized accuracy."""
+
+    def curve(suite: str, *labels: str) -> list[tuple[float, float]]:
+        found = [entry(suite, KEPT_APART[label]) for label in labels]
+        return sorted((row["amr"], row["normalized_accuracy"]) for row in found if row)
+
+    ranks = [label for label in KEPT_APART if label.startswith("ReTeX, rank")]
+    budgets = [label for label in KEPT_APART if label.startswith("ReTeX by budget")]
+    named = {name: [name] for name in ("SVD", "T-Switch", "EMR", "TALL-mask")}
+    curves = {
+        "ReTeX by budget": budgets,
+        "ReTeX by rank": ranks,
+        "DTS-T": ["DTS-T, at most one percent", "DTS-T"],
+        **named,
+    }
+    return {
+        suite: {
+            "Weight Averaging": [(0.0, row(suite, "weight_average")["normalized_accuracy"])],
+            **{name: curve(suite, *labels) for name, labels in curves.items()},
+        }
+        for suite in SUITES
+    }
+
+
+def main() -> int:
+    """Rewrites, or checks, all pages and the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, show what differs")
+    args = parser.parse_args()
+    stale = 0
+    for path in pages():
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        if old == new:
+            continue
+        name = str(path.relative_to(ROOT))
+        stale += 1
+        if args.check:
+            lines = difflib.unified_diff(
+                old.splitlines(), new.splitlines(), name, "results", "", "", 0, ""
+            )
+            print("\n".join(lines))
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"wrote {name}")
+    if not picture.is_current(ROOT / picture.PATH, points()):
+        stale += 1
+        if args.check:
+            print(f"{picture.PATH}: drawn from other results")
+        else:
+            picture.draw(ROOT / picture.PATH, points())
+            print(f"wrote {picture.PATH}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
