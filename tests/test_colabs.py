@@ -1,0 +1,56 @@
+"""The notebooks run from top to bottom."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "experiments/colabs"
+
+
+def script(path):
+    """The notebook's code cells; a line of the shell as a call, and without what installs."""
+    lines = []
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            lines += "".join(cell["source"]).splitlines()
+    shell = "import subprocess; subprocess.run({!r}, shell=True, check=True)"
+    code = [line for line in lines if not line.startswith("%pip")]
+    return "\n".join(shell.format(line[1:]) if line.startswith("!") else line for line in code)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("quickstart", marks=pytest.mark.packages),
+        "bring_your_own_experts",
+    ],
+)
+def test_a_notebook_runs(name, tmp_path):
+    code = script(FOLDER / f"{name}.ipynb")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONWARNINGS": "default"}
+    bin_folder = Path(sys.executable).parent
+    environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_all_notebooks_are_run():
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {
+        "quickstart",
+        "bring_your_own_experts",
+    }
