@@ -122,6 +122,16 @@ def get_config() -> ConfigDict:
             "calibration": {"num_inputs": 256, "batch_size": 16},
             # routed_inputs: how many test inputs a task, where every input has a merged model of its own.
             "evaluate": {"batch_size": 64, "routed_inputs": 64},
+            # Of retex_jax.unseen: some tasks' experts are left out, and what the others give on these is evaluated.
+            "unseen": {
+                "num_unseen": 2,  # tasks left out in a split
+                "num_splits": 4,
+                "splits": (),  # instead of both: the tasks left out, a tuple of names a split
+                "num_train": 256,  # labelled training inputs a task that make the heads of unseen tasks
+                "num_test": 256,  # test inputs a task, the most
+                # Of soft weights, in units of the scores' spread; the best on validation inputs of seen tasks.
+                "temperatures": (0.1, 0.3, 1.0),
+            },
             # Beside metrics.jsonl; each needs the extra of its name.
             "writers": {"tensorboard": False, "wandb": False},
         }

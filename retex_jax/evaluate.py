@@ -147,21 +147,21 @@ def routed_row(
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """One row for several seeds: of one method, or of the experts.
+    """One row for several seeds: of one method, or of the experts; or for several splits of tasks.
 
     Args:
-      rows: one a seed, from `known_row` or `routed_row`.
+      rows: one a seed, from `result_row`; those of splits may have different tasks.
       seeds: their numbers.
 
     Returns:
       The row of the mean accuracies, measures and seconds, with "seeds", "normalized_accuracies" of each,
-      "normalized_accuracy_std", their standard deviation (of a sample: the divisor is one less than their
-      number), and "normalized_accuracy_interval", half the width of the 95% confidence interval of their mean
-      (Student's t). Both are None for one seed; what is None for any seed is None.
+      "normalized_accuracy_std" and "normalized_accuracy_interval", see `spread`. What is None for any seed is
+      None. A task's accuracy is the mean over the rows that have it.
     """
     first = rows[0]
     accuracy = {
-        task: float(np.mean([row["accuracy"][task] for row in rows])) for task in first["accuracy"]
+        task: float(np.mean([row["accuracy"][task] for row in rows if task in row["accuracy"]]))
+        for task in dict.fromkeys(task for row in rows for task in row["accuracy"])
     }
     means = {
         name: None if None in values else float(np.mean(values))
@@ -169,19 +169,35 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[
         for values in [[row[name] for row in rows]]
     }
     scores = [row["normalized_accuracy"] for row in rows]
-    spread = float(np.std(scores, ddof=1)) if len(rows) > 1 and None not in scores else None
-    quantile = special.stdtrit(len(rows) - 1, 0.975)
-    half_width = None if spread is None else float(quantile * spread / len(rows) ** 0.5)
+    deviation, half_width = spread(scores)
     return {
         **first,
         "accuracy": accuracy,
         **means,
         "normalized_accuracies": scores,
-        "normalized_accuracy_std": spread,
+        "normalized_accuracy_std": deviation,
         "normalized_accuracy_interval": half_width,
         "seeds": list(seeds),
         "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows),
     }
+
+
+def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """How far repeats differ.
+
+    Args:
+      values: one a repeat.
+
+    Returns:
+      Their standard deviation (of a sample: the divisor is one less than their number), and half the width of the
+      95% confidence interval of their mean (Student's t). Both are None for one value, or where one is None.
+    """
+    known = [value for value in values if value is not None]
+    if len(values) < 2 or len(known) < len(values):
+        return None, None
+    deviation = float(np.std(known, ddof=1))
+    quantile = special.stdtrit(len(known) - 1, 0.975)
+    return deviation, float(quantile * deviation / len(known) ** 0.5)
 
 
 def _relative(accuracy: Mapping[str, float], individual: Mapping[str, float]) -> dict[str, Any]:

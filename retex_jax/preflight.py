@@ -77,13 +77,20 @@ _REQUIRED = (
 )
 
 
-def check(settings: Settings, *, evaluates: bool = True, offline: bool = False) -> None:
+def check(
+    settings: Settings,
+    *,
+    evaluates: bool = True,
+    offline: bool = False,
+    further: Sequence[str] = (),
+) -> None:
     """Looks for everything that would stop the experiment later.
 
     Args:
       settings: the experiment file as plain values.
       evaluates: whether more than fine-tuning is to be done.
       offline: whether snapshots may not be downloaded.
+      further: problems that the program has found itself, to be listed with the others.
 
     Raises:
       ValueError: listing all problems.
@@ -96,7 +103,7 @@ def check(settings: Settings, *, evaluates: bool = True, offline: bool = False) 
     ]
     if absent:
         raise ValueError(f"the experiment lacks {', '.join(absent)}; see configs/common.py")
-    problems = _data_problems(settings) + _range_problems(settings)
+    problems = [*further, *_data_problems(settings), *_range_problems(settings)]
     model = None
     try:
         model = experiment.build_model(settings, offline=offline)

@@ -60,6 +60,7 @@ PROGRAMS = {
     "huggingface",
     "serving",
     "train",
+    "unseen",
     "variants",
 }
 
