@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import gc
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +16,12 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
+# Compiling takes most of the time; XLA's older emitters, which later versions lack, compile in a third of it.
+jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11):
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 hypothesis.settings.register_profile(
     "tests",
@@ -74,6 +80,12 @@ def drop_compiled() -> Iterator[None]:
     """Compiled functions of a file are dropped after it: a process can hold some 10,000, and then crashes."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects: what was imported need not be searched for garbage each time."""
+    gc.freeze()
+    gc.set_threshold(5000, 20, 20)
 
 
 @pytest.fixture

@@ -58,7 +58,6 @@ def _reference(model, count=3, **options):
         (2, "task", "official"),
         (2, "task", "fusion_bench"),
         (8, "layer", "official"),
-        (8, "task", "fusion_bench"),
     ],
 )
 def test_it_is_the_definition(num_tasks, granularity, variant):
@@ -86,7 +85,6 @@ def test_it_is_the_definition(num_tasks, granularity, variant):
         (2, False, 0.7),
         (2, True, 0.2),
         (2, True, 1.0),
-        (8, False, 0.7),
         (8, True, 0.2),
     ],
 )

@@ -180,6 +180,8 @@ def test_refit_makes_up_for_coding():
 @pytest.mark.parametrize("sharing", ["shared", "separate", "auto"])
 @pytest.mark.parametrize("bits", [3, 32])
 def test_fit_keeps_to_the_budget(pretrained, experts, sharing, bits):
+    if bits == 3 and sharing != "auto" and "conv/kernel" in pretrained:
+        pretrained, experts = references.few_leaves(2)  # coding is compiled for every shape
     made = expert_set(pretrained, experts)
     options = {"bits": bits, "vector_bits": bits, "orientation": "auto"}
     last = np.inf
@@ -206,7 +208,7 @@ def check_report(state, experts):
 
 
 def test_forms_of_a_budgeted_state():
-    pretrained, experts = MODELS[0]
+    pretrained, experts = references.few_leaves(2)
     state = RETEX.fit(
         expert_set(pretrained, experts), budget=0.6, sharing="separate", bits=4, vector_bits=8
     )

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from retex_jax.offsets.forms import Extended
 
 RETEX = rtx.METHODS["retex"]
 PRETRAINED, EXPERTS = references.flax_model(4)
+FEW = references.few_leaves(4)
 FITS = {
     "shared": {"rank": 3},
     "left, 4 bits": {"rank": 3, "orientation": "left", "bits": 4, "vector_bits": 8},
@@ -18,8 +21,20 @@ FITS = {
 }
 
 
+def models(name):
+    """Coding is compiled for every shape of a leaf: all of them are tried with one fit."""
+    return (PRETRAINED, EXPERTS) if name == "shared" else FEW
+
+
+@functools.cache
 def fitted(name, count=3):
-    return RETEX.fit(expert_set(PRETRAINED, EXPERTS[:count]), **FITS[name])
+    pretrained, experts = models(name)
+    return RETEX.fit(expert_set(pretrained, experts[:count]), **FITS[name])
+
+
+def added(name):
+    """The expert that is added to such a fit."""
+    return models(name)[1][3]
 
 
 def identical(one, two):
@@ -41,7 +56,7 @@ def squared_error(params, expert):
 def test_what_older_tasks_store_stays_to_the_last_bit(fit, project):
     state = fitted(fit)
     extended = offsets.add_task(
-        state, references.nested(EXPERTS[3]), budget=0.95, bits=4, vector_bits=8, project=project
+        state, references.nested(added(fit)), budget=0.95, bits=4, vector_bits=8, project=project
     )
     assert extended.num_tasks == 4
     for task in range(3):
@@ -54,7 +69,7 @@ def test_what_older_tasks_store_stays_to_the_last_bit(fit, project):
 @pytest.mark.parametrize("fit", FITS)
 def test_removing_what_was_added_gives_back_the_state(fit):
     state = fitted(fit)
-    extended = offsets.add_task(state, references.nested(EXPERTS[3]), budget=0.95, bits=4)
+    extended = offsets.add_task(state, references.nested(added(fit)), budget=0.95, bits=4)
     identical(offsets.remove_task(extended, 3), state)
 
 
@@ -62,8 +77,8 @@ def test_removing_what_was_added_gives_back_the_state(fit):
 def test_enough_bytes_recover_the_added_expert(fit):
     state = fitted(fit)
     model_bytes = tree.param_bytes(state.merged)
-    extended = offsets.add_task(state, references.nested(EXPERTS[3]), budget=4.0 * model_bytes)
-    assert_close(RETEX.recover(extended, 3), EXPERTS[3])
+    extended = offsets.add_task(state, references.nested(added(fit)), budget=4.0 * model_bytes)
+    assert_close(RETEX.recover(extended, 3), added(fit))
 
 
 def test_more_bytes_are_nearer_and_the_budget_is_kept():
@@ -111,11 +126,11 @@ def test_removing_an_older_task_leaves_the_others(fit, task):
 
 
 def test_adding_and_removing_in_any_order():
-    state = fitted("separate, 3 bits", 2)
+    state, experts = fitted("separate, 3 bits", 2), FEW[1]
     options = {"budget": 0.8, "bits": 4, "vector_bits": 8}
-    once = offsets.add_task(state, references.nested(EXPERTS[2]), **options)
-    twice = offsets.add_task(once, references.nested(EXPERTS[3]), **options)
-    other = offsets.add_task(state, references.nested(EXPERTS[3]), **options)
+    once = offsets.add_task(state, references.nested(experts[2]), **options)
+    twice = offsets.add_task(once, references.nested(experts[3]), **options)
+    other = offsets.add_task(state, references.nested(experts[3]), **options)
     without = offsets.remove_task(twice, 2)
     assert_close(
         RETEX.recover(without, 2), references.flat(RETEX.recover(other, 2)), rtol=1e-6, atol=1e-6

@@ -24,10 +24,18 @@ def _stack(num_tasks=4, rows=9, columns=7, seed=0):
     return np.random.default_rng(seed).normal(size=(num_tasks, rows, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("orientation", ["right", "left", "auto"])
-@pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
+@pytest.mark.parametrize(
+    ("model", "orientation"),
+    [
+        ("2 tasks, all leaves", "right"),
+        ("2 tasks, all leaves", "left"),
+        ("1 task", "auto"),
+        ("8 tasks", "right"),
+        ("8 tasks", "auto"),
+    ],
+)
 def test_every_leaf(model, orientation):
-    pretrained, experts = model
+    pretrained, experts = MODELS[MODEL_IDS.index(model)]
     state = _fit(pretrained, experts, orientation=orientation, base="ties")
     wanted.check_state(state, RETEX.recover, experts, references.FLAX_MATRICES)
     wanted.check_mixture(state, RETEX.mix, RETEX.recover, len(experts))

@@ -1,5 +1,7 @@
 """The paper's forms and objectives, learned by Adam, and how the options of `fit` compose."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,12 @@ def _fit(model=None, form="product", **options):
     return RETEX.fit(expert_set(*(model or _model())), **options)
 
 
+@functools.cache
+def _long_fit(form, objective):
+    long = {"steps": 3000, "warmup_steps": 100, "chunk_steps": 1000, "checkpoint_every": 1000}
+    return _fit(_model(), form, objective=objective, **long)
+
+
 def _problem(experts, merged, form, loss, orientation="right"):
     plans = plan_leaves(experts.leaves, "flax", 3, orientation=orientation)
     groups = learned.group_leaves(experts, plans, form)
@@ -103,12 +111,13 @@ def test_the_objective_is_its_definition(form, loss):
         }
         for embedding in np.asarray(state.task_embeddings)
     ]
+    objective = jax.jit(generator.objective_fn, static_argnames=("objective", "form"))
     for tasks in (None, [2], [0, 2]):
         chosen = range(3) if tasks is None else tasks
         want = wanted.objective(
             [found[task] for task in chosen], [experts[task] for task in chosen], pretrained, loss, 0.3
         )  # fmt: skip
-        value = generator.objective_fn(
+        value = objective(
             params, problem, None if tasks is None else jnp.array(tasks),
             objective=Objective(loss, 0.3), form=form,
         )  # fmt: skip
@@ -152,11 +161,7 @@ def test_cosine_has_no_gradient_of_nothing():
 @pytest.mark.parametrize("form", FORMS)
 def test_cosine_turns_the_task_vectors(form):
     pretrained, experts = _model()
-    states = {
-        loss: _fit((pretrained, experts), form, objective=loss, steps=1500, chunk_steps=500,
-                   checkpoint_every=500)
-        for loss in ("l2", "cosine", "cosine_l2")
-    }  # fmt: skip
+    states = {loss: _long_fit(form, loss) for loss in ("l2", "cosine", "cosine_l2")}
     cosines = {}
     for loss, state in states.items():
         found = [references.flat(RETEX.recover(state, task)) for task in range(3)]
@@ -196,8 +201,7 @@ def test_every_form_is_learned_and_stored(form, orientation):
 @pytest.mark.parametrize("form", FORMS)
 def test_adam_reaches_what_the_exact_solver_finds(form):
     pretrained, experts = _model()
-    long = {"steps": 3000, "warmup_steps": 100, "chunk_steps": 1000, "checkpoint_every": 1000}
-    state = _fit((pretrained, experts), form, **long)
+    state = _long_fit(form, "l2")
     options = {"form": form, "rank": 3, "task_rank": 2 if form == "factorized" else None}
     exact = RETEX.fit(expert_set(pretrained, experts), **options)
     if form in ("product", "shape_shared"):

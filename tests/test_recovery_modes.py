@@ -1,6 +1,7 @@
 """All recovery modes against grouped recovery, and the factors against the offsets that they stand for."""
 
 import dataclasses
+import functools
 import threading
 
 import flax.linen as nn
@@ -85,6 +86,7 @@ def experts_of(model, num_tasks):
     return pretrained, tasks
 
 
+@functools.cache
 def fitted(model, fit="right", num_tasks=NUM_TASKS, *, added=0):
     """A state of so many tasks, the last of which were added one by one."""
     pretrained, tasks = experts_of(model, num_tasks)
@@ -93,6 +95,10 @@ def fitted(model, fit="right", num_tasks=NUM_TASKS, *, added=0):
     for expert in tasks[kept:]:
         state = offsets.add_task(state, expert, budget=0.8)
     return state
+
+
+def state_of(name, fit, added=0):
+    return fitted(MODELS[name], fit, added=added)
 
 
 def inputs_of(model, count, seed=5):
@@ -132,8 +138,9 @@ def mostly_slow(values, *quick):
     return [pytest.param(x, marks=() if x in quick else pytest.mark.slow) for x in values]
 
 
-@pytest.mark.parametrize("name", mostly_slow(MODELS, "vit", "bert", "decoder"))
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "bert", "decoder"))
 def test_every_model_by_every_mode(name):
+    """The first one is also what `test_mixtures` tries."""
     model = MODELS[name]
     state, inputs = fitted(model), inputs_of(model, len(MIXED))
     want = by_group(model, state, inputs, MIXED)
@@ -141,20 +148,6 @@ def test_every_model_by_every_mode(name):
     recoverer = recovery.Recoverer(model, state, max_batch=8)
     for mode in recovery.MODES:
         assert_agree(recoverer.features(inputs, MIXED, mode), want)
-
-
-@pytest.fixture(scope="module")
-def states():
-    """(model, form) to its state, fitted once."""
-    made = {}
-
-    def state(name, fit, added=0):
-        key = (name, fit, added)
-        if key not in made:
-            made[key] = fitted(MODELS[name], fit, added=added)
-        return made[key]
-
-    return state
 
 
 ADDED = [("right", 2), ("auto", 1)]
@@ -166,8 +159,8 @@ QUICK = [("vit", fit, n) for fit, n in (("left", 0), ("coded", 0), ("auto", 1), 
 
 
 @pytest.mark.parametrize("form", mostly_slow(WITHIN, *QUICK), ids=str)
-def test_every_form_in_factors(states, form):
-    model, state = MODELS[form[0]], states(*form)
+def test_every_form_in_factors(form):
+    model, state = MODELS[form[0]], state_of(*form)
     inputs = inputs_of(model, len(MIXED))
     want = by_group(model, state, inputs, MIXED)
     assert_agree(recovery.Recoverer(model, state).features(inputs, MIXED, "factored"), want)
@@ -177,8 +170,8 @@ TERMS = [("vit", fit, 0) for fit in ("right", "separate", "factorized", "affine"
 
 
 @pytest.mark.parametrize("form", mostly_slow(FORMS, *TERMS, *QUICK), ids=str)
-def test_terms_are_the_offsets(states, form):
-    state = states(*form)
+def test_terms_are_the_offsets(form):
+    state = state_of(*form)
     merged = tree.flatten(state.merged)
     matrices = [leaf for leaf in state.offsets if merged[leaf].ndim > 1]
     assert len(matrices) >= 8
@@ -201,24 +194,24 @@ def test_terms_are_the_offsets(states, form):
             )
 
 
-def test_vectors_and_other_views_are_no_terms(states):
-    state = states("vit", "right")
+def test_vectors_and_other_views_are_no_terms():
+    state = state_of("vit", "right")
     assert leaf_terms(state, "cls_token", (12,)) is None
     torch = dataclasses.replace(state, layout="torch")
     assert leaf_terms(torch, "patch_embed/kernel", (4, 4, 3, 12)) is None
     assert len(leaf_terms(torch, "blocks_0/mlp/fc1/kernel", (12, 20))) == 1
 
 
-def test_products_that_share_a_factor_are_one_term(states):
-    state = states("vit", "right", 2)
+def test_products_that_share_a_factor_are_one_term():
+    state = state_of("vit", "right", 2)
     form = state.offsets["blocks_0/mlp/fc1/kernel"].base
     assert form.projection is not None and form.own is not None
     terms = leaf_terms(state, "blocks_0/mlp/fc1/kernel", (12, 20))
     assert [[factor.ndim for factor in term] for term in terms] == [[2, 3], [3, 3]]
 
 
-def test_leaves_of_one_owner_share_their_factors(states):
-    terms = factored.prepare(MODELS["vit"], states("vit", "tied")).terms
+def test_leaves_of_one_owner_share_their_factors():
+    terms = factored.prepare(MODELS["vit"], state_of("vit", "tied")).terms
     query, key = (terms[f"blocks_0/attention/{part}/kernel"][0] for part in ("query", "key"))
     assert all(one is other for one, other in zip(query, key, strict=True))
 
