@@ -117,6 +117,20 @@ def get_config() -> ConfigDict:
                 "normalize": False,
                 "options": {},  # further keywords of the identifier's fit
                 "num_calibration": 200,  # unlabelled training inputs a task
+                # Instead of `layer`, `layers`, "rank", "center", "normalize": what is best on validation inputs,
+                # of layers up to a fraction of a forward pass (T with experts); `options` are kept.
+                "search": False,
+                "max_forward": 1.0,
+            },
+            # Of retex_jax.identify.
+            "identify": {
+                "kinds": "all",  # or names of retex_jax.identifier.IDENTIFIERS joined by commas
+                "experts": True,  # whether those that run every expert are among them
+                "max_forward": 0.6,  # of the identifier that is recommended: blocks run / blocks
+                "calibration_sizes": (),  # such as (32, 64, 128, 256, 1024), of the best of each kind
+                # Tasks to hold out together as unknown, several times; (): each task in turn.
+                "unseen": (),
+                "target": 0.95,  # of validation inputs, taken as of a known task
             },
             # Of methods that need data; see retex_jax.calibration.
             "calibration": {"num_inputs": 256, "batch_size": 16},

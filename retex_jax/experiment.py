@@ -11,8 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from retex_jax import command_line, data, huggingface, pretrained
+from retex_jax import command_line, data, huggingface, pretrained, tree
 from retex_jax.convert.architectures import ARCHITECTURES, headless
+from retex_jax.identifier import IDENTIFIERS
 
 Settings = Mapping[str, Any]
 
@@ -145,6 +146,26 @@ def identifier_options(spec: Mapping[str, Any]) -> dict[str, Any]:
 def identifier_layer(spec: Mapping[str, Any]) -> int | tuple[int, ...]:
     """The layers of settings["identifier"]: several, or one."""
     return tuple(spec["layers"]) or spec["layer"]
+
+
+def identifier_kinds(spec: Mapping[str, Any]) -> list[str]:
+    """The identifiers of settings["identify"], in the order of IDENTIFIERS.
+
+    Raises:
+      ValueError: if a name is unknown.
+    """
+    names = [name.strip() for name in spec["kinds"].split(",")]
+    wanted = list(IDENTIFIERS) if names == ["all"] else names
+    if unknown := [name for name in wanted if name not in IDENTIFIERS]:
+        hint = tree.did_you_mean(unknown[0], IDENTIFIERS)
+        raise ValueError(
+            f"identify.kinds: got {unknown}, expected 'all' or some of {list(IDENTIFIERS)}{hint}"
+        )
+    return [
+        name
+        for name, method in IDENTIFIERS.items()
+        if name in wanted and (spec["experts"] or not method.needs_experts)
+    ]
 
 
 def finetune_settings(settings: Settings) -> dict[str, Any]:

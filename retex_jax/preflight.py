@@ -68,6 +68,14 @@ _REQUIRED = (
     "identifier.normalize",
     "identifier.options",
     "identifier.num_calibration",
+    "identifier.search",
+    "identifier.max_forward",
+    "identify.kinds",
+    "identify.experts",
+    "identify.max_forward",
+    "identify.calibration_sizes",
+    "identify.unseen",
+    "identify.target",
     "calibration.num_inputs",
     "calibration.batch_size",
     "evaluate.batch_size",
@@ -81,6 +89,7 @@ def check(
     settings: Settings,
     *,
     evaluates: bool = True,
+    identifies: bool = False,
     offline: bool = False,
     further: Sequence[str] = (),
 ) -> None:
@@ -89,6 +98,7 @@ def check(
     Args:
       settings: the experiment file as plain values.
       evaluates: whether more than fine-tuning is to be done.
+      identifies: whether identifiers are to be compared.
       offline: whether snapshots may not be downloaded.
       further: problems that the program has found itself, to be listed with the others.
 
@@ -113,6 +123,8 @@ def check(
         problems += _model_problems(settings, model)
         if evaluates:
             problems += _method_problems(settings, model)
+        if identifies:
+            problems += _identify_problems(settings, model)
     if evaluates:
         try:
             plots.check_available()
@@ -312,10 +324,48 @@ def _identifier_problems(settings: Settings, model: Any) -> list[str]:
         hint = tree.did_you_mean(spec["kind"], IDENTIFIERS)
         known = sorted(IDENTIFIERS)
         return [*problems, f"identifier.kind: got {spec['kind']!r}, expected one of {known}{hint}"]
-    options = experiment.identifier_options(spec)
+    problems += _forward_problems("identifier.max_forward", spec["max_forward"], config.num_layers)
+    if spec["search"]:
+        options = dict(spec["options"])
+    else:
+        options = experiment.identifier_options(spec)
+        if options.get("joint") and len(spec["layers"]) == 0:
+            problems.append("identifier.options.joint: got True, but identifier.layers has none")
     found = IDENTIFIERS[spec["kind"]].problems(options)
     problems += [f"identifier.options.{line}" for line in found]
     return problems + _size_problems(options, spec["num_calibration"], config.width)
+
+
+def _forward_problems(where: str, value: Any, num_layers: int) -> list[str]:
+    if value * num_layers >= 1:
+        return []
+    return [f"{where}: got {value}, expected 1 / {num_layers} or more, the cost of one block"]
+
+
+def _identify_problems(settings: Settings, model: Any) -> list[str]:
+    """What `retex_jax.identify` needs besides."""
+    spec, tasks = settings["identify"], list(settings["tasks"])
+    problems = _forward_problems(
+        "identify.max_forward", spec["max_forward"], model.config.num_layers
+    )
+    try:
+        kinds = experiment.identifier_kinds(spec)
+        if not any(not IDENTIFIERS[kind].needs_experts for kind in kinds):
+            problems.append(f"identify.kinds: got {spec['kinds']!r}, expected one without experts")
+    except ValueError as error:
+        problems.append(str(error))
+    sizes = spec["calibration_sizes"]
+    if not all(isinstance(size, int) and size > 1 for size in sizes):
+        problems.append(f"identify.calibration_sizes: got {sizes}, expected integers of 2 or more")
+    if not 0 < spec["target"] <= 1:
+        problems.append(f"identify.target: got {spec['target']}, expected a fraction in (0, 1]")
+    if len(tasks) < 2:
+        problems.append(f"tasks: got {tasks}, expected two or more to identify")
+    for split in spec["unseen"]:
+        names = [split] if isinstance(split, str) else list(split)
+        if not names or not set(names) < set(tasks) or len(set(names)) < len(names):
+            problems.append(f"identify.unseen: got {names}, expected some of {tasks}, not all")
+    return problems
 
 
 def _size_problems(options: Mapping[str, Any], num_calibration: int, width: int) -> list[str]:

@@ -11,7 +11,7 @@ and exits with 1 if something is missing.
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,16 @@ from retex_jax import (
     checkpoint,
     collection,
     command_line,
-    data,
     evaluate,
     experiment,
+    identification,
     logging,
     offsets,
     preflight,
-    recovery,
     release,
     report,
 )
 from retex_jax.experts import ExpertSet
-from retex_jax.identifier import IDENTIFIERS
 from retex_jax.methods import METHODS
 
 _UNFINISHED = "unfinished"
@@ -90,7 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         with clock(phase := f"fit retex {variant}"):
             state = fit_offsets(settings, experts, key, writer, workdir)
         with clock("fit identifier"):
-            identifier = fit_identifier(settings, backbone.model, state, tasks, key)
+            identifier, choice = identification.obtain(settings, backbone.model, state, tasks, key)
         seconds = clock.seconds[phase]
         with clock("evaluate"):
             rows.append(evaluate.known_row(suite, "retex", variant, state, seconds))
@@ -112,6 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             "linear_probe": collected.linear_probe,
             "rows": rows + unknown_rows,
             "offsets": summary(settings, state.report, seconds),
+            "identifier": choice,
             "seconds": dict(clock.seconds),
         }
         facts = {
@@ -119,6 +118,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             "settings": settings,
             "variant": variant,
             "seconds_fit": seconds,
+            "identifier_choice": choice,
             "architecture": backbone.architecture,
             "hf_config": experiment.hf_config(backbone),
             "classes": {task.name: list(task.classes) for task in tasks},
@@ -188,30 +188,6 @@ def fit_offsets(
             **options,
         )
         return jax.block_until_ready(state)
-
-
-def fit_identifier(
-    settings: experiment.Settings,
-    model: Any,
-    state: offsets.OffsetState,
-    tasks: Sequence[data.Task],
-    key: jax.Array,
-) -> recovery.Identifier:
-    """Fits the identifier on features of unlabelled training inputs, the merged model's or the experts'."""
-    spec = settings["identifier"]
-    method, layer = IDENTIFIERS[spec["kind"]], experiment.identifier_layer(spec)
-    features = [
-        recovery.run(
-            model,
-            offsets.recover(state, index) if method.needs_experts else state.merged,
-            data.take(task.splits["train"], np.arange(spec["num_calibration"])),
-            settings["evaluate"]["batch_size"],
-            layer=layer,
-        )
-        for index, task in enumerate(tasks)
-    ]
-    fitted = method.fit(features, key=key, **experiment.identifier_options(spec))
-    return recovery.Identifier(fitted, layer, spec["kind"])
 
 
 def summary(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import data, evaluate, experts, offsets, protocols, recovery, train, tree
+from retex_jax import data, evaluate, experts, identification, offsets, protocols, recovery, tree
 from retex_jax.identifier import IDENTIFIERS
 
 NAMES = ["first", "second"]
@@ -46,7 +46,7 @@ def unknown_rows(run, tasks):
 def test_any_identifier_is_fitted_and_evaluated(run, kind):
     settings = tiny.settings_with(("identifier.kind", kind), ("identifier.layers", [1, 2]))
     state = run.released.state
-    identifier = train.fit_identifier(
+    identifier = identification.fit_as_set(
         settings, run.backbone.model, state, run.tasks, jax.random.key(0)
     )
     assert (identifier.kind, identifier.layer) == (kind, (1, 2))

@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 
 from retex_jax import tree
 from retex_jax.identifier import IDENTIFIERS, serialization, subspace
-from retex_jax.identifier.layers import Layered
+from retex_jax.identifier.layers import Joint, Layered
 
 OPTIONS = {
     "subspace": [{"rank": 2}, {"rank": 2, "whiten": True, "normalize": True, "center": False}],
@@ -118,6 +118,49 @@ def test_layers_are_a_mean_of_scores_in_units_of_their_spread(name, options):
     np.testing.assert_allclose(state.spreads, spreads, rtol=1e-5)
     want = (each[0] / spreads[0] + each[1] / spreads[1]) / 2
     np.testing.assert_allclose(method.scores(state, inputs), want, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_joint_layers_are_one_vector(name, options):
+    method, features = IDENTIFIERS[name], _layered()
+    state, inputs = method.fit(features, joint=True, **options), _inputs(name, features)
+    assert isinstance(state, Joint)
+    assert (state.num_tasks, state.num_layers) == (3, 2)
+    flat = [np.concatenate([x[:, 0], x[:, 1]], axis=1) for x in features]
+    wide = np.concatenate([inputs[..., 0, :], inputs[..., 1, :]], axis=-1)
+    alone = method.fit(flat, key=jax.random.key(0), **options)
+    if not method.random:  # its key is folded by the place of the layer
+        np.testing.assert_array_equal(method.scores(state, inputs), method.scores(alone, wide))
+    if name == "subspace" and options.get("whiten"):
+        units = [ref.unit(np.float64(x)) for x in flat]
+        want = ref.whitened_subspace_scores(units, ref.unit(np.float64(wide)), 2, False, 0.1)
+        np.testing.assert_allclose(method.scores(state, inputs), want, rtol=1e-3, atol=1e-4)
+    want = np.asarray(method.scores(state, inputs))
+    np.testing.assert_allclose(jax.jit(method.scores)(state, inputs), want, rtol=1e-5, atol=1e-5)
+    tensors, facts = serialization.to_tensors(state)
+    read = serialization.from_tensors(load(save(jax.device_get(tensors))), facts)
+    np.testing.assert_array_equal(method.scores(read, inputs), want)
+    assert method.bytes(read) == method.bytes(state)
+    some = method.take(state, [2, 0])
+    assert isinstance(some, Joint)
+    kept = inputs[[2, 0]] if method.needs_experts else inputs
+    if (name, options.get("score")) != ("neighbors", None):  # of other points, other votes
+        np.testing.assert_allclose(method.scores(some, kept), want[:, [2, 0]], rtol=1e-4, atol=1e-4)
+    if name != "router":
+        fewer = method.fit(features[:2], joint=True, **options)
+        before = method.take(method.add(fewer, features[2]), [0, 1])
+        jax.tree.map(np.testing.assert_array_equal, before, fewer)
+    with pytest.raises(ValueError, match="features: got shape"):
+        method.scores(state, inputs[..., :1, :])
+
+
+def test_joint_needs_several_layers():
+    with pytest.raises(ValueError, match="joint: the features are of one layer"):
+        IDENTIFIERS["subspace"].fit(ref.points(3, 16), rank=2, joint=True)
+    assert IDENTIFIERS["subspace"].problems({"joint": 1}) == [
+        "joint: got 1, expected True or False"
+    ]
+    assert IDENTIFIERS["subspace"].problems({"joint": True}) == []
 
 
 def test_a_layer_that_tells_nothing_decides_nothing():

@@ -68,6 +68,35 @@ def test_several_layers_at_once():
     assert found.score == pytest.approx(np.mean(each))
 
 
+def test_layers_worth_trying():
+    assert selection.candidates([0, 1, 2, 3]) == [0, 1, 2, 3, (1, 2), (1, 2, 3)]
+    assert selection.candidates([3, 1]) == [1, 3, (1, 3)]
+    assert selection.candidates([0]) == [0]
+
+
+def test_cost_of_layers_in_forward_passes():
+    for layer, want in ((3, 0.5), (0, 1), ((1, 2), 1 / 3), ((0, 2), 1), ((2, 6), 1)):
+        assert selection.forward_fraction(layer, 6) == pytest.approx(want)
+        assert selection.forward_fraction(layer, 6, 8) == pytest.approx(8 * want)
+
+
+def test_the_best_of_some_layers():
+    calibration, validation = (_by_layer(seed, NOISES) for seed in (1, 2))
+    found = selection.select("shared_mahalanobis", calibration, validation, {})
+    assert selection.best_trial(found).options == found.options == {"layer": 3}
+    best = selection.best_trial(found, lambda layer: layer in (1, 2))
+    assert (best.options, best.score) == ({"layer": 2}, found.trials[1].score)
+    assert selection.best_trial(found, lambda layer: False) is None
+
+
+def test_joint_is_tried_where_there_are_several_layers():
+    calibration, validation = (_by_layer(seed, {1: 3.0, 2: 3.0}) for seed in (1, 2))
+    layers, grid = [1, (1, 2)], {"joint": [False, True]}
+    found = selection.select("shared_mahalanobis", calibration, validation, grid, layers=layers)
+    assert [trial.score is None for trial in found.trials] == [False, True, False, False]
+    assert "joint: the features are of one layer" in found.trials[1].error
+
+
 def test_what_cannot_be_fitted_is_recorded():
     calibration, validation = (_by_layer(seed, {1: 1.0}) for seed in (1, 2))
     found = selection.select("subspace", calibration, validation, {"rank": [6, 2]})

@@ -61,6 +61,7 @@ def _all():
         "bytes": plots.bytes_accuracy(_rows()),
         "fronts": plots.fronts(_front_rows()),
         "times": plots.times({"merge": 0.5, "fit": 61.0}),
+        "histogram": plots.histogram(np.arange(9.0), np.arange(5.0, 12), threshold=8.0, title="h"),
     }
 
 
@@ -358,3 +359,33 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
     for call in (plots.check_available, lambda: plots.times({"a": 1.0})):
         with pytest.raises(ImportError, match=r"pip install 'retex_jax\[plots\]'"):
             call()
+
+
+def test_histogram_draws_shares_of_both_groups():
+    inside, outside = np.zeros(30), np.r_[np.zeros(5), np.ones(15)]
+    svg = plots.histogram(inside, outside, threshold=0.5, title="t")
+    assert {"known tasks, n=30", "unknown task, n=20", "threshold"} <= set(_texts(svg))
+    heights = {}
+    for color in canvas.PALETTE[:2]:
+        paths = [
+            path.get("d")
+            for path in ET.fromstring(svg).iter(f"{SVG}path")
+            if f"fill: {color.lower()}" in path.get("style", "")
+        ]
+        ys = [float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", paths[0])]
+        heights[color] = max(ys) - np.unique(ys)
+    known, unknown = (heights[color] for color in canvas.PALETTE[:2])
+    np.testing.assert_allclose(unknown[unknown > 0] / known.max(), [0.75, 0.25], rtol=1e-3)
+    assert "threshold" not in _texts(plots.histogram(inside, outside, title="t"))
+    plots.histogram(np.zeros(2), np.zeros(3), title="all equal")
+
+
+def test_histogram_names_every_problem():
+    with pytest.raises(ValueError) as error:
+        plots.histogram(np.zeros(0), np.array([np.nan]), threshold=np.inf, title="t")
+    for part in (
+        "known tasks: got shape (0,)",
+        "unknown task: got shape (1,)",
+        "threshold: got inf",
+    ):
+        assert part in str(error.value)

@@ -117,6 +117,24 @@ def _full(tmp_path, results, tasks=TASKS):
     )
 
 
+def test_further_sections(tmp_path):
+    rows = [["<a>", 0.12345, 7], ["b", None, math.nan]]
+    figure = ("Shape", "what it shows", "<svg><title>s</title></svg>")
+    section = report.Section("More & more", "text < here", ["x", "y", "z"], rows, [figure])
+    plain = Page(_write(tmp_path, _results()))
+    page = Page(_write(tmp_path, _results(), sections=[section, section._replace(figures=())]))
+    (added, again) = (table for table in page.tables if table[0] == ["x", "y", "z"])
+    assert (
+        added
+        == again
+        == [["x", "y", "z"], ["<a>", "0.123", "7"], ["b", "\N{EN DASH}", "\N{EN DASH}"]]
+    )
+    assert len(page.tables) == len(plain.tables) + 2
+    assert page.text.count("More & more") == page.text.count("text < here") == 2
+    assert page.text.count("what it shows") == 1
+    assert page.tags.count("svg") == plain.tags.count("svg") + 1
+
+
 def test_headline_and_tables(tmp_path):
     page = Page(_full(tmp_path, _results()))
     main, methods, every = page.tables

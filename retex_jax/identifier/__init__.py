@@ -1,6 +1,7 @@
 """Identifiers: which task does an input of unknown task belong to?"""
 
 from retex_jax.identifier import (
+    held_out,
     mahalanobis,
     neighbors,
     out_of_distribution,
@@ -15,6 +16,7 @@ from retex_jax.identifier.registry import IDENTIFIERS, IdentifierMethod
 __all__ = [
     "IDENTIFIERS",
     "IdentifierMethod",
+    "held_out",
     "mahalanobis",
     "neighbors",
     "out_of_distribution",

@@ -46,6 +46,41 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: got {temperature!r}, expected a finite number above 0")
 
 
+def fit_temperature(scores: Array, task_ids: Array) -> float:
+    """The temperature at which the softmax of scores is most right about inputs of known tasks.
+
+    Args:
+      scores: of validation inputs, [n, T].
+      task_ids: theirs, integers [n].
+
+    Returns:
+      Of the root mean square of scores about their mean over tasks, times powers of sqrt(2) from 2^-6 to 2^6, the
+      one of the least mean cross-entropy, the smallest of equal ones; 1 where scores do not differ.
+
+    Raises:
+      ValueError: if the scores are not finite, [n, T] with n > 0, or there is not one task for each.
+    """
+    values, tasks = np.asarray(scores, np.float64), np.asarray(task_ids)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"scores: got shape {values.shape}, expected finite scores [n, T], n > 0")
+    if tasks.shape != values.shape[:1] or not ((tasks >= 0) & (tasks < values.shape[1])).all():
+        raise ValueError(
+            f"task_ids: got shape {tasks.shape}, expected {len(values)} of 0 to {values.shape[1]} - 1"
+        )
+    centered = values - values.mean(axis=1, keepdims=True)
+    spread = float(np.sqrt(np.mean(centered**2)))
+    if not spread:
+        return 1.0
+    tried = spread * 2.0 ** np.arange(-6, 6.5, 0.5)
+
+    def loss(temperature: float) -> float:
+        logits = centered / temperature
+        own = np.take_along_axis(logits, tasks[:, None], axis=1)[:, 0]
+        return float(np.mean(np.logaddexp.reduce(logits, axis=1) - own))
+
+    return float(min(tried, key=loss))
+
+
 def threshold(seen: Array, unseen: Array | None = None, *, target: float = 0.95) -> float:
     """The threshold above which an input is taken as outside, from measures of validation inputs.
 

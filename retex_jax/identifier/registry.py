@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retex_jax import tree
 from retex_jax.identifier import (
@@ -23,7 +24,7 @@ from retex_jax.identifier import (
     shared_mahalanobis,
     subspace,
 )
-from retex_jax.identifier.layers import Layered
+from retex_jax.identifier.layers import Joint, Layered
 from retex_jax.typing import Array
 
 
@@ -49,7 +50,7 @@ class IdentifierMethod:
     def options(self) -> tuple[str, ...]:
         """Names of the keywords of `fit`, but the key."""
         names = list(inspect.signature(self.module.fit).parameters)
-        return tuple(name for name in names[1:] if name != "key")
+        return (*(name for name in names[1:] if name != "key"), "joint")
 
     @property
     def random(self) -> bool:
@@ -64,6 +65,9 @@ class IdentifierMethod:
             if name not in self.options
         ]
         known = {name: value for name, value in options.items() if name in self.options}
+        joint = known.pop("joint", False)
+        if not isinstance(joint, bool):
+            unknown.append(f"joint: got {joint!r}, expected True or False")
         return unknown + self.module.option_problems(**known)
 
     def fit(
@@ -71,6 +75,7 @@ class IdentifierMethod:
         features_per_task: Sequence[Array],
         *,
         key: jax.Array | None = None,
+        joint: bool = False,
         **options: Any,
     ) -> Any:
         """Fits the identifier.
@@ -78,13 +83,15 @@ class IdentifierMethod:
         Args:
           features_per_task: T arrays [n_t, d] or [n_t, L, d] of calibration features.
           key: typed PRNG key, of what is random; `jax.random.key(0)` when not given.
+          joint: whether features of several layers are one vector instead of a state each.
           **options: of the module's `fit`.
 
         Returns:
-          The module's state, or a `Layered` of them.
+          The module's state, a `Layered` of them, or a `Joint` of one.
 
         Raises:
-          ValueError: as the module's `fit`, or if the features are not of the same layers.
+          ValueError: as the module's `fit`, if the features are not of the same layers, or `joint` is given for
+            features of one layer.
         """
         key = jax.random.key(0) if key is None else key
 
@@ -93,7 +100,13 @@ class IdentifierMethod:
             return self.module.fit(features, **keyed, **options)
 
         if not layers.has_layers(features_per_task):
+            if joint:
+                raise ValueError("joint: the features are of one layer, expected [n, L, d]")
             return fit_one(features_per_task, 0)
+        if joint:
+            size = np.shape(features_per_task[0])[1]
+            flat = [layers.flattened(np.asarray(task), size) for task in features_per_task]
+            return Joint(fit_one(flat, 0), size)
         return layers.fit(
             fit_one, self.module.scores, features_per_task, standardize=not self.needs_experts
         )
@@ -110,6 +123,9 @@ class IdentifierMethod:
         """
         if isinstance(state, Layered):
             return layers.combine(self.module.scores, state, features)
+        if isinstance(state, Joint):
+            flat = layers.flattened(jnp.asarray(features), state.num_layers)
+            return self.module.scores(state.state, flat)
         return self.module.scores(state, jnp.asarray(features))
 
     def bytes(self, state: Any) -> int:
@@ -139,6 +155,9 @@ class IdentifierMethod:
                 f"identifier: {self.module.__name__.rpartition('.')[2]!r} takes a new task only by a fit "
                 "to the features of all tasks"
             )
+        if isinstance(state, Joint):
+            flat = layers.flattened(features, state.num_layers)
+            return replace(state, state=module_add(state.state, flat))
         if not isinstance(state, Layered):
             return module_add(state, features)
         if features.ndim != 3 or features.shape[1] != len(state.states):
@@ -150,6 +169,8 @@ class IdentifierMethod:
 
 
 def _map_layers(function: Callable[..., Any], state: Any, *args: Any) -> Any:
+    if isinstance(state, Joint):
+        return replace(state, state=function(state.state, *args))
     if not isinstance(state, Layered):
         return function(state, *args)
     return replace(state, states=tuple(function(one, *args) for one in state.states))

@@ -1,12 +1,13 @@
 """The choice of an identifier's layers and options by identification accuracy on validation features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from retex_jax import search, tree
+from retex_jax.identifier.layers import mean_scores, spread_of
 from retex_jax.identifier.registry import IDENTIFIERS
 from retex_jax.typing import Array, ProgressFn
 
@@ -18,17 +19,71 @@ FeaturesByLayer = Mapping[int, Sequence[Array]]
 
 GRIDS: Mapping[str, search.Grid] = {
     "subspace": {
-        "rank": (4, 8, 16, 32, 64),
+        "rank": (4, 16, 64),
         "center": (True, False),
         "normalize": (False, True),
         "whiten": (False, True),
+        "joint": (False, True),
     },
-    "router": {"kind": ("linear", "mlp")},
-    "shared_mahalanobis": {"shrinkage": (0.01, 0.1, 0.3), "normalize": (False, True)},
+    "router": {"kind": ("linear", "mlp"), "joint": (False, True)},
+    "shared_mahalanobis": {
+        "shrinkage": (0.01, 0.1, 0.3),
+        "normalize": (False, True),
+        "joint": (False, True),
+    },
     "mahalanobis": {"shrinkage": (0.01, 0.1, 0.3), "normalize": (False, True)},
     "neighbors": {"k": (1, 5, 10, 20), "normalize": (False, True)},
 }
 """By identifier, what is worth trying."""
+
+
+def candidates(blocks: Sequence[int]) -> list[Layer]:
+    """The layers that are worth trying: each alone, and the first ones up to each, all of them at last.
+
+    Args:
+      blocks: numbers of blocks, and 0 if the pooled output is to be tried, alone.
+
+    Returns:
+      Layers, each once.
+    """
+    inner = sorted(block for block in set(blocks) if block)
+    prefixes = [tuple(inner[:size]) for size in range(2, len(inner) + 1)]
+    return [*sorted(set(blocks)), *prefixes]
+
+
+def forward_fraction(layer: Layer, num_layers: int, num_experts: int = 0) -> float:
+    """What identification costs, in blocks that are run: 1 is a forward pass of the merged model.
+
+    Args:
+      layer: or several; the pooled output takes all blocks.
+      num_layers: blocks of the model.
+      num_experts: T where the input runs through every expert instead of the merged model, 0 elsewhere.
+
+    Returns:
+      Blocks run / blocks, and T times that with experts. The predicted task's own pass is not counted.
+    """
+    deepest = max(block or num_layers for block in _blocks(layer))
+    return max(num_experts, 1) * deepest / num_layers
+
+
+def best_trial(
+    result: search.SearchResult, allowed: Callable[[Layer], bool] = lambda _: True
+) -> search.Trial | None:
+    """The best trial among those of some layers.
+
+    Args:
+      result: from `select`.
+      allowed: whether a layer may be taken.
+
+    Returns:
+      The trial, ties broken as by `select`; None if none of these layers could be fitted.
+    """
+    trials = [
+        trial
+        for trial in result.trials
+        if trial.score is not None and allowed(trial.options["layer"])
+    ]
+    return max(trials, key=lambda trial: trial.score or 0.0, default=None)
 
 
 def select(
@@ -72,7 +127,7 @@ def select(
     method = IDENTIFIERS[kind]
     grid = GRIDS[kind] if grid is None else grid
     fixed = {} if fixed is None else fixed
-    candidates = sorted(calibration if layers is None else layers, key=_depth)
+    tried = sorted(calibration if layers is None else layers, key=_depth)
     problems = [
         f"{what}: {name!r} is no option of {kind!r}, expected some of {list(method.options)}"
         for what, names in (("grid", grid), ("fixed", fixed))
@@ -82,7 +137,7 @@ def select(
     known = sorted(set(calibration) & set(validation))
     problems += [
         f"layers: got {layer!r}, expected one or more of {known}"
-        for layer in candidates
+        for layer in tried
         if not _blocks(layer) or not set(_blocks(layer)) <= set(known)
     ]
     sizes = {len(tasks) for part in (calibration, validation) for tasks in part.values()}
@@ -91,20 +146,36 @@ def select(
     if problems:
         raise ValueError("\n".join(problems))
 
-    def fit(features: Any, *, key: jax.Array | None, layer: Layer, **options: Any) -> Any:
-        return layer, method.fit(_stacked(features, layer), key=key, **options)
+    of_one: dict[str, tuple[list[np.ndarray], float]] = {}
 
-    def score(fitted: Any) -> list[float]:
-        layer, state = fitted
+    def one_layer(block: int, options: Mapping[str, Any]) -> tuple[list[np.ndarray], float]:
+        """Validation scores of each task, and their spread; several layers share those of each."""
+        name = repr((block, sorted(options.items())))
+        if name not in of_one:
+            own = stacked(calibration, block)
+            state = method.fit(own, **options)
+            spread = 1.0 if method.needs_experts else spread_of(method.scores, state, own)
+            inputs = stacked(validation, block)
+            of_one[name] = [np.asarray(method.scores(state, x)) for x in inputs], spread
+        return of_one[name]
+
+    def fit(_: Any, *, key: jax.Array | None, layer: Layer, **options: Any) -> Any:
+        if method.random or options.get("joint"):
+            state = method.fit(stacked(calibration, layer), key=key, **options)
+            return [method.scores(state, inputs) for inputs in stacked(validation, layer)]
+        each, spreads = zip(*(one_layer(block, options) for block in _blocks(layer)), strict=True)
+        return [mean_scores(np.stack(task), np.array(spreads)) for task in zip(*each, strict=True)]
+
+    def score(scores: Any) -> list[float]:
         return [
-            float(np.mean(np.asarray(method.scores(state, inputs)).argmax(axis=1) == task))
-            for task, inputs in enumerate(_stacked(validation, layer))
+            float(np.mean(np.asarray(own).argmax(axis=1) == task))
+            for task, own in enumerate(scores)
         ]
 
     return search.grid(
         fit,
         calibration,
-        {"layer": candidates, **grid},
+        {"layer": tried, **grid},
         score,
         key=key,
         fixed=fixed,
@@ -123,7 +194,7 @@ def _depth(layer: Layer) -> tuple[float, int, tuple[int, ...]]:
     return deepest, len(blocks), blocks
 
 
-def _stacked(features: FeaturesByLayer, layer: Layer) -> list[np.ndarray]:
+def stacked(features: FeaturesByLayer, layer: Layer) -> list[np.ndarray]:
     """Features of one layer, [n_t, d], or of several, [n_t, L, d]."""
     if isinstance(layer, int):
         return [np.asarray(task) for task in features[layer]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.identifier.features import Whitening
-from retex_jax.identifier.layers import Layered
+from retex_jax.identifier.layers import Joint, Layered
 from retex_jax.identifier.mahalanobis import Gaussians
 from retex_jax.identifier.neighbors import Neighbors
 from retex_jax.identifier.router import RouterState
@@ -26,6 +26,7 @@ _CLASSES = {
     "router_state": RouterState,
     "router": Router,
     "layered": Layered,
+    "joint": Joint,
 }
 
 

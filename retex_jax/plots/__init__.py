@@ -10,6 +10,7 @@ from retex_jax.plots.accuracy import accuracy_bars, bytes_accuracy
 from retex_jax.plots.canvas import bytes_text, check_available, finite, protocol, seconds_text
 from retex_jax.plots.diagnostics import by_layer, confusion, spectra, times
 from retex_jax.plots.fronts import families, fronts
+from retex_jax.plots.histograms import histogram
 
 __all__ = [
     "accuracy_bars",
@@ -21,6 +22,7 @@ __all__ = [
     "families",
     "finite",
     "fronts",
+    "histogram",
     "protocol",
     "seconds_text",
     "spectra",

@@ -6,7 +6,7 @@ unknown, the merged model's features decide the grouping, and nothing on the pat
 ways of recovery, for batches of mixed tasks, are those of `Recoverer`; see `retex_jax.recovery.modes`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = [
     "logits",
     "run",
     "run_grouped",
+    "run_layers",
     "task_scores",
 ]
 
@@ -88,17 +89,39 @@ def run(
       Features [n, d], or [n, L, d] of L layers, float32.
     """
     blocks = layer if isinstance(layer, tuple) else (layer,)
-    depth = None if 0 in blocks else max(blocks)
+    features = run_layers(model, params, examples, batch_size, blocks)
+    if not isinstance(layer, tuple):
+        return features[layer]
+    return np.stack([features[block] for block in layer], axis=1)
+
+
+def run_layers(
+    model: Any, params: Params, examples: Examples, batch_size: int, layers: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """As `run`, with a width of its own for each layer: the pooled output may be wider or narrower than blocks.
+
+    Args:
+      model: Linen module that returns `models.Features`.
+      params: its parameters.
+      examples: input arrays [n, ...].
+      batch_size: B.
+      layers: 0 for the pooled output, i for the mean token after block i; what comes after them is not run.
+
+    Returns:
+      Layer to features [n, d], float32.
+    """
+    depth = None if 0 in layers else max(layers)
     names = model.example_batch()
     inputs = {name: array for name, array in examples.items() if name in names}
     order = data.by_length(inputs)
-    outputs = []
+    outputs: dict[int, list[np.ndarray]] = {block: [] for block in layers}
     for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
         features = _apply(model, params, data.trim(batch), depth)
-        chosen = [features.layers[block - 1] if block else features.pooled for block in blocks]
-        outputs.append(np.stack([np.asarray(part)[valid] for part in chosen], axis=1))
-    stacked = np.concatenate(outputs)[np.argsort(order)]
-    return stacked if isinstance(layer, tuple) else stacked[:, 0]
+        for block, parts in outputs.items():
+            chosen = features.layers[block - 1] if block else features.pooled
+            parts.append(np.asarray(chosen)[valid])
+    places = np.argsort(order)
+    return {block: np.concatenate(parts)[places] for block, parts in outputs.items()}
 
 
 def apply_head(head: Head, features: Array) -> jax.Array:

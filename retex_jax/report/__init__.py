@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from retex_jax import files
-from retex_jax.report.page import render
+from retex_jax.report.page import Section, render
 
-__all__ = ["write"]
+__all__ = ["Section", "write"]
 
 
 def write(
@@ -27,6 +27,7 @@ def write(
     confusion: Sequence[tuple[str, np.ndarray]] = (),
     seconds: Mapping[str, float] | None = None,
     config_text: str = "",
+    sections: Sequence[Section] = (),
 ) -> Path:
     """Writes the report of one run as a self-contained HTML page.
 
@@ -41,6 +42,7 @@ def write(
         the order of results["tasks"].
       seconds: phase -> wall-clock seconds.
       config_text: the configuration as text.
+      sections: further parts, before the figures.
 
     Returns:
       The path of the page.
@@ -64,7 +66,7 @@ def write(
         ]
     if problems:
         raise ValueError("; ".join(problems))
-    page = render(results, spectra or {}, confusion, seconds or {}, config_text)
+    page = render(results, spectra or {}, confusion, seconds or {}, config_text, sections)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as beside:

@@ -1,7 +1,7 @@
 """Puts the page together: headline numbers, tables, figures, configuration."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,30 @@ from retex_jax.report.tables import (
     method_table,
     name,
     percent,
+    plain_table,
     task_table,
     told,
 )
 
 _MOST_MERGED = 6  # columns of merged models in the main table
+
+
+class Section(NamedTuple):
+    """A further part of the page: a table and figures.
+
+    Attributes:
+      title: its heading.
+      text: what it shows.
+      columns: headings of the table.
+      rows: one value a column: text, a number, or None.
+      figures: (title, text, SVG element) of each.
+    """
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    figures: Sequence[tuple[str, str, str]] = ()
 
 
 def render(
@@ -27,6 +46,7 @@ def render(
     confusion: Sequence[tuple[str, np.ndarray]],
     seconds: Mapping[str, float],
     config_text: str,
+    sections: Sequence[Section] = (),
 ) -> str:
     """Returns the whole page as HTML text; the arguments are those of `retex_jax.report.write`."""
     tasks = [str(task) for task in results["tasks"]]
@@ -57,6 +77,7 @@ def render(
         "task's. <b>Nothing known</b>: the identifier picks both, and a wrong task counts as an "
         "error.</p>",
         method_table(rows),
+        *(_section(section) for section in sections),
         "<h2>Figures</h2>",
         f'<div class="figures">{_figures(results, columns, spectra, confusion, seconds)}</div>',
     ]
@@ -78,6 +99,15 @@ def render(
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    figures = "".join(_figure(*figure) for figure in section.figures)
+    return (
+        f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n"
+        f"{plain_table(section.columns, section.rows)}\n"
+        + (f'<div class="figures">{figures}</div>' if figures else "")
     )
 
 

@@ -58,6 +58,23 @@ def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(["Method", "Known", "Needs", *(n[0] for n in numbers)], {0, 1, 2}, body)
 
 
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a table of words and numbers; floats have three decimals, None is a dash."""
+    body = []
+    for row in rows:
+        cells = []
+        for place, value in enumerate(row):
+            is_word = isinstance(value, str)
+            number = None if is_word else plots.finite(value)
+            text = f"{number:.3f}" if isinstance(value, float) and number is not None else value
+            shown = DASH if number is None and not is_word else str(text)
+            kind, tag = ("text" if is_word else ""), ("th" if place == 0 else "td")
+            cells.append(_cell(value if is_word else number, shown, kind, tag=tag))
+        body.append(cells)
+    text = {place for place in range(len(columns)) if any(isinstance(r[place], str) for r in rows)}
+    return _table(columns, text, body)
+
+
 def name(row: Mapping[str, Any]) -> str:
     """Returns the method and its variant."""
     return " ".join(str(x) for x in (row["method"], row.get("variant")) if x)

@@ -1,0 +1,1 @@
+"""Which identifier serves an experiment best: a program, `python -m retex_jax.identify`."""
