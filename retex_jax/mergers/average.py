@@ -14,7 +14,8 @@ from retex_jax.typing import Params
 
 def average(experts: ExpertSet, name: str, part: slice | None = None) -> jax.Array:
     """Mean over tasks of one leaf, [*shape], or of one of its parts, [n]; float32."""
-    return sum_experts(experts, name, part, ExpertSet.stacked) / experts.num_tasks
+    total = sum_experts(experts, name, part, lambda some: some.stacked(name, part))
+    return total / experts.num_tasks
 
 
 def fit(experts: ExpertSet, *, key: jax.Array | None = None) -> Params:

@@ -171,7 +171,7 @@ def sum_experts(
     experts: ExpertSet,
     name: str,
     part: slice | None,
-    read: Callable[[ExpertSet, str, slice | None], Array],
+    read: Callable[[ExpertSet], Array],
 ) -> jax.Array:
     """The sum of a leaf, or of a part of it, over experts that are read a few at a time.
 
@@ -179,7 +179,7 @@ def sum_experts(
       experts: the experts.
       name: of the leaf.
       part: of it; None for all.
-      read: what is added, of some experts: [c, *shape], float32.
+      read: some experts to what is added: [c, *shape], float32.
 
     Returns:
       [*shape], float32.
@@ -188,7 +188,7 @@ def sum_experts(
     starts = range(0, experts.num_tasks, max(1, min(_MOST_UNROLLED, _STACK // max(size, 1))))
     chunks = (range(start, min(start + starts.step, experts.num_tasks)) for start in starts)
     # Each is computed before the next are read, which may take the same memory.
-    sums = (jax.block_until_ready(_sum(read(experts.take(chunk), name, part))) for chunk in chunks)
+    sums = (jax.block_until_ready(_sum(read(experts.take(chunk)))) for chunk in chunks)
     return reduce(jnp.add, sums)
 
 

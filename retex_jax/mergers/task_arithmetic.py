@@ -19,7 +19,7 @@ def add_task_vectors(
 ) -> jax.Array:
     """theta_0 + scaling * sum_t tau_t of one leaf, [*shape], or of one of its parts, [n]; float32."""
     pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
-    total = sum_experts(experts, name, part, ExpertSet.task_vectors)
+    total = sum_experts(experts, name, part, lambda some: some.task_vectors(name, part))
     return pretrained + scaling * total
 
 
