@@ -41,6 +41,44 @@ def pareto(config: ConfigDict) -> ConfigDict:
     return config
 
 
+VISION = (
+    *("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"),
+    *("cifar100", "stl10", "oxford_flowers102", "oxford-iiit-pet", "pcam", "fer2013"),
+    *("emnist_letters", "cifar10", "food101", "fashion-mnist", "rendered-sst2", "kmnist"),
+    *("vegetables", "kvasir-v2", "intel-images", "weather", "cats-dogs", "mangoleaf", "beans"),
+    *("landscape", "garbage", "fruits-360"),
+)
+"""The papers' data sets in their order; the suites of 8, 14, 20 and 30 are its beginnings."""
+
+_CHECKPOINTS = {"fashion-mnist": "fashion_mnist"}
+
+
+def vision_suite(name: str, backbone: str, num_tasks: int) -> ConfigDict:
+    """CLIP and the first data sets of the papers, on their whole test splits.
+
+    The first twenty have public checkpoints (of FusionBench). The last ten have none that we know of: their experts
+    are to be fine-tuned and put into ROOT/own as vision towers.
+
+    Args:
+      name: of the experiment.
+      backbone: "base-patch32", "base-patch16" or "large-patch14".
+      num_tasks: 8, 14, 20 or 30.
+    """
+    config = get_config()
+    config.name = name
+    config.model.name = "huggingface"
+    config.tasks = VISION[:num_tasks]
+    config.data.max_test = None
+    config.experts.root = "checkpoints"
+    config.experts.pretrained = f"openai/clip-vit-{backbone}"
+    config.experts.repositories = tuple(
+        f"{'tanganke' if task in VISION[:20] else 'own'}/clip-vit-{backbone}_{_CHECKPOINTS.get(task, task)}"
+        for task in config.tasks
+    )
+    config.offsets.rank = 256
+    return config
+
+
 def get_config() -> ConfigDict:
     """Every entry that an experiment has, with its default."""
     return ConfigDict(
@@ -55,13 +93,16 @@ def get_config() -> ConfigDict:
             "tasks": (),
             # The most examples in each split.
             "data": {"seed": 0, "max_train": 2000, "max_val": 256, "max_test": 512},
+            # Of the papers' data sets: ROOT/NAME/SPLIT/CLASS/IMAGE, parquet files of the hub in ROOT/NAME, or what
+            # tensorflow-datasets prepared in ROOT. "": datasets in the cache folder. --dry_run names what is missing.
+            "data_sets": {"root": ""},
             # Fine-tuned here; or, where model.name is "huggingface", snapshots: ROOT/OWNER/NAME, the
             # hub's cache, or the hub.
             "experts": {
                 "root": "",  # where experts lie; "": in the cache folder, made when missing
                 "pretrained": "",  # repository or folder
                 "repositories": (),  # one a task: classifiers, CLIP vision towers or LoRA adapters
-                "templates": ("a photo of a {}.",),  # prompts of CLIP's zero-shot heads
+                "templates": (),  # prompts of CLIP's zero-shot heads; (): the data sets' own
                 "revisions": {},  # repository: commit, to have the same files on every day
             },
             "finetune": {

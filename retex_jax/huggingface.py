@@ -29,6 +29,7 @@ MODEL_NAME = "huggingface"
 
 _LAST_WEIGHT = re.compile(r"(.*\.)?(classifier(\.out_proj)?|score)\.weight")
 _CLIP_TEXT_LENGTH = 77
+_TEMPLATES = ("a photo of a {}.",)
 
 
 class Located(NamedTuple):
@@ -170,7 +171,7 @@ def zero_shot_heads(
     Args:
       pretrained: the folder of a CLIPModel, with tokenizer.json.
       tasks: their classes name the labels.
-      templates: prompts with "{}" for the class name.
+      templates: prompts with "{}" for the class name; (): each task's own.
 
     Returns:
       Task name to head: "projection" (of the vision tower, frozen), "kernel" and "bias".
@@ -196,7 +197,7 @@ def zero_shot_heads(
                 clip.params["text"],
                 clip.params["logit_scale"],
                 task.classes,
-                templates,
+                templates or task.templates or _TEMPLATES,
                 encode,
             ),
         }

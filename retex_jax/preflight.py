@@ -28,6 +28,7 @@ _REQUIRED = (
     "data.max_train",
     "data.max_val",
     "data.max_test",
+    "data_sets.root",
     "experts.root",
     "experts.pretrained",
     "experts.repositories",
@@ -213,7 +214,13 @@ def _data_problems(settings: Settings) -> list[str]:
         data.check_names(names)
     except ValueError as error:
         problems.append(str(error))
-    return problems
+    root = settings["data_sets"]["root"]
+    return problems + [
+        line
+        for name in names
+        if name in data.DATA_SETS
+        for line in data.data_set_problems(name, root)
+    ]
 
 
 def _range_problems(settings: Settings) -> list[str]:
@@ -264,8 +271,8 @@ def _range_problems(settings: Settings) -> list[str]:
 
 def _model_problems(settings: Settings, model: Any) -> list[str]:
     is_text = "input_ids" in model.example_batch()
-    known = data.TEXT_TASKS if is_text else data.VISION_TASKS
-    other = data.VISION_TASKS if is_text else data.TEXT_TASKS
+    vision = {**data.VISION_TASKS, **data.DATA_SETS}
+    known, other = (data.TEXT_TASKS, vision) if is_text else (vision, data.TEXT_TASKS)
     name = settings["model"]["name"]
     problems = []
     misplaced = [task for task in settings["tasks"] if task in other and task not in known]

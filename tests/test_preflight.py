@@ -1,7 +1,7 @@
 import pytest
 import tiny
 
-from configs import demo, dinov2_vision8, minilm_text8, vit_b16
+from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, plots, preflight
 
 
@@ -234,7 +234,7 @@ def test_missing_says_what_is_wrong_with_the_settings(world):
 
 def test_cluster_experiment_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
-    config = vit_b16.get_config()
+    config = vit_b16_8.get_config()
     config.experts.root = str(tmp_path / "checkpoints")
     text = "\n".join(preflight.missing(command_line.as_dict(config)))
     for repository in (config.experts.pretrained, *config.experts.repositories):

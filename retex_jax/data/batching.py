@@ -1,9 +1,11 @@
 """Batches as pure functions of (seed, step), and passes over whole splits in constant shapes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from retex_jax.data.images import Images, ahead, materialize
 from retex_jax.data.tasks import Task
 
 Split = Mapping[str, np.ndarray]
@@ -44,8 +46,14 @@ def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> n
 
 
 def take(split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Gathers examples: arrays [n, ...] at `indices` [B] become new contiguous arrays [B, ...]."""
-    return {name: np.ascontiguousarray(array[indices]) for name, array in split.items()}
+    """Gathers examples: arrays [n, ...] at `indices` [B] become new contiguous arrays [B, ...].
+
+    `Images` stay such, not decoded: see `materialize`.
+    """
+    return {
+        name: array[indices] if isinstance(array, Images) else np.ascontiguousarray(array[indices])
+        for name, array in split.items()
+    }
 
 
 def trim(batch: Split, multiple: int = 16) -> dict[str, np.ndarray]:
@@ -88,6 +96,8 @@ def padded_batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Passes over a split in order, in batches of one shape.
 
+    Images are decoded, one batch while the one before is in use.
+
     Args:
       split: arrays [n, ...] of one length.
       batch_size: B.
@@ -100,10 +110,46 @@ def padded_batches(
       ValueError: if batch_size is below 1, or the arrays differ in length.
     """
     num = _length(split, batch_size)
-    for start in range(0, num, batch_size):
+
+    def batch(start: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         position = start + np.arange(batch_size)
         valid = position < num
-        yield take(split, np.where(valid, position, start)), valid
+        return materialize(take(split, np.where(valid, position, start))), valid
+
+    starts = range(0, num, batch_size)
+    is_lazy = any(isinstance(array, Images) for array in split.values())
+    yield from ahead(batch, starts) if is_lazy else map(batch, starts)
+
+
+def mixed(tasks: Sequence[Task], split: str, seed: int) -> dict[str, np.ndarray]:
+    """A split of all tasks, shuffled across tasks in the order of `mixed_batches`.
+
+    Args:
+      tasks: as for `mixed_batches`.
+      split: "train", "val" or "test".
+      seed: of the order.
+
+    Returns:
+      Arrays [n, ...] with "task" int32 [n]; images that are decoded when they are read stay such.
+
+    Raises:
+      ValueError: as `mixed_batches`.
+    """
+    size = sum(len(task.splits[split]["label"]) for task in tasks)
+    order = np.random.default_rng(seed).permutation(size)
+    lazy = {
+        name: Images.concatenate([task.splits[split][name] for task in tasks])[order]
+        for name in (tasks[0].splits[split] if tasks else ())
+        if all(isinstance(task.splits[split].get(name), Images) for task in tasks)
+    }
+    rest = [
+        replace(
+            task, splits={split: {k: v for k, v in task.splits[split].items() if k not in lazy}}
+        )
+        for task in tasks
+    ]
+    batch, _ = next(mixed_batches(rest, split, size, seed))
+    return {**batch, **lazy}
 
 
 def mixed_batches(

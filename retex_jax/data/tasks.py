@@ -22,9 +22,11 @@ class Task:
       name: the task's name.
       classes: the name of each class; label i means classes[i].
       splits: "train", "val" and "test" -> arrays with the example as leading axis: "image" uint8
-        [n, H, W, 3], or "input_ids" and "attention_mask" int32 [n, L]; and "label" int32 [n].
+        [n, H, W, 3] (or `images.Images`, decoded when they are read), or "input_ids" and
+        "attention_mask" int32 [n, L]; and "label" int32 [n].
       source: where the data come from.
       licence: the licence under which they come.
+      templates: prompts with "{}" for a class, for zero-shot heads; () if it has none of its own.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Task:
     splits: dict[str, dict[str, np.ndarray]]
     source: str
     licence: str
+    templates: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -250,7 +250,7 @@ def batches(
     for start in range(0, len(order), max_batch):
         rows = order[start : start + max_batch]
         padded = np.pad(rows, (0, planning.bucket(len(rows), max_batch) - len(rows)), mode="edge")
-        yield rows, data.trim(data.take(inputs, padded)), tasks[padded]
+        yield rows, data.trim(data.materialize(data.take(inputs, padded))), tasks[padded]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,23 @@
+"""CLIP ViT-B/16 and the papers' twenty vision tasks, from public checkpoints.
+
+    python -m retex_jax.train --config=configs/vit_b16_20.py --config.experts.root=DIR --config.data_sets.root=DATA
+
+DIR holds one snapshot folder a repository, as `hf download REPOSITORY --local-dir DIR/REPOSITORY` leaves it; DATA one
+folder a data set, or what tensorflow-datasets prepared. --dry_run names what is missing of both and the command that
+gets it, and downloads nothing.
+
+Hardware: one machine; the snapshots take 6.8 GB on disk. Not run here, for want of the checkpoints and the data.
+
+Expected: the paper reports, of its own checkpoints at rank 256, 92.8 for the individual experts, 65.3 for Weight
+Averaging and 91.3 with the task unknown (ReTeX, arXiv:2606.26902, Table 1; % accuracy). The public checkpoints are
+other ones, so these are no targets.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    return common.vision_suite("vit_b16_20", "base-patch16", 20)

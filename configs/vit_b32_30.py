@@ -1,0 +1,24 @@
+"""CLIP ViT-B/32 and the papers' thirty vision tasks, from checkpoints.
+
+    python -m retex_jax.train --config=configs/vit_b32_30.py --config.experts.root=DIR --config.data_sets.root=DATA
+
+DIR holds one snapshot folder a repository, as `hf download REPOSITORY --local-dir DIR/REPOSITORY` leaves it; DATA one
+folder a data set, or what tensorflow-datasets prepared. --dry_run names what is missing of both and the command that
+gets it, and downloads nothing. The last ten experts have no public checkpoint that we know of: fine-tune them, and
+put each as a vision tower into DIR/own/clip-vit-base-patch32_TASK.
+
+Hardware: one machine; the snapshots take 10.5 GB on disk. Not run here, for want of the checkpoints and the data.
+
+Expected: the paper reports, of its own checkpoints at rank 256, 93.1 for the individual experts, 59.1 for Weight
+Averaging, 92.9 recovered with the task known and 92.3 with the task unknown (ReTeX, arXiv:2606.26902, Table 2; %
+accuracy). The public checkpoints are other ones, so these are no targets.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    return common.vision_suite("vit_b32_30", "base-patch32", 30)

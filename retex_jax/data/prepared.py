@@ -1,0 +1,196 @@
+"""Data sets prepared by tensorflow-datasets (array_record, without TensorFlow), and parquet files of the hub.
+
+Both libraries are optional and imported where they are needed. Nothing is downloaded.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retex_jax.data.folders import Part, Source
+from retex_jax.data.images import Read
+
+_INFO = "dataset_info.json"
+
+
+def find_tfds(name: str, roots: Sequence[str | os.PathLike]) -> Path | None:
+    """The folder ROOT/NAME[/CONFIGURATION]/VERSION of the newest version, or None.
+
+    Args:
+      name: "NAME" or "NAME/CONFIGURATION".
+      roots: looked through in order.
+    """
+    for root in roots:
+        found = [path.parent for path in Path(root, name).glob(f"*/{_INFO}")]
+        if found:
+            return max(found, key=lambda folder: [int(n) for n in _numbers(folder.name)])
+    return None
+
+
+def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source:
+    """Opens a data set that tensorflow-datasets prepared as array_record.
+
+    Args:
+      folder: from `find_tfds`.
+      train: names of splits.
+      test: names of splits; none: all examples are of `train`, and are called "all".
+
+    Returns:
+      The source.
+
+    Raises:
+      ImportError: if tensorflow-datasets or array_record is not installed.
+      ValueError: if the files have another format, or splits are missing.
+    """
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(f"{folder}: needs pip install 'retex_jax[tfds]' ({error})") from error
+    builder = tfds.builder_from_directory(folder)
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise ValueError(
+            f"{folder}: expected files of the format array_record, got {file_format}; prepare it with "
+            "--file_format=array_record"
+        )
+    _check_splits(str(folder), [*train, *test], builder.info.splits)
+    skip = {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+
+    def part(splits: Sequence[str]) -> Part:
+        sources = [builder.as_data_source(split, decoders=skip) for split in splits]
+
+        def labels() -> np.ndarray:
+            found = [source[i]["label"] for source in sources for i in range(len(source))]
+            return np.array(found, np.int64)
+
+        return Part(labels, lambda: _joined(sources, "image"))
+
+    parts = {"train": part(train), "test": part(test)} if test else {"all": part(train)}
+    return Source(tuple(builder.info.features["label"].names), parts, str(folder), is_checked=True)
+
+
+def find_parquet(folder: str | os.PathLike, configuration: str = "") -> dict[str, list[Path]]:
+    """The parquet files of each split below a folder of a hub repository.
+
+    Both layouts of the hub: CONFIGURATION/SPLIT/0000.parquet, as its branch refs/convert/parquet has
+    them, and SPLIT-00000-of-00001.parquet in any folder.
+
+    Args:
+      folder: as `hf download` leaves it.
+      configuration: only files below a folder of this name; "": all.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted(Path(folder).rglob("*.parquet")):
+        above = path.relative_to(folder).parts[:-1]
+        if configuration and configuration not in above:
+            continue
+        split = path.name.partition("-")[0] if "-" in path.name else (*above[-1:], "")[0]
+        files.setdefault(split.removeprefix("partial_").removeprefix("partial-"), []).append(path)
+    return files
+
+
+def read_parquet(
+    folder: Path, configuration: str, train: Sequence[str], test: Sequence[str]
+) -> Source:
+    """Opens parquet files of the hub by the `datasets` library.
+
+    Args:
+      folder: with the files; the library's own cache is kept below it, in .cache.
+      configuration: as for `find_parquet`.
+      train: names of splits.
+      test: names of splits; none: as for `read_tfds`.
+
+    Returns:
+      The source.
+
+    Raises:
+      ImportError: if `datasets` is not installed.
+      ValueError: if splits are missing, or there is not one column of images and one of labels.
+    """
+    try:
+        import datasets
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{folder}: needs pip install 'retex_jax[datasets]' ({error})") from error
+    files = find_parquet(folder, configuration)
+    _check_splits(str(folder), [*train, *test], files)
+    schema = parquet.read_schema(files[train[0]][0])
+    features = datasets.Features.from_arrow_schema(schema)
+    image, label = _columns(str(folder), features, datasets)
+
+    def values(split: str) -> list[Any]:
+        tables = [parquet.read_table(path, columns=[label]) for path in files[split]]
+        return [value for table in tables for value in table[label].to_pylist()]
+
+    kind = features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        classes, index = tuple(kind.names), None
+    else:
+        index = {value: i for i, value in enumerate(sorted({*values(train[0])}))}
+        classes = tuple(str(value) for value in index)
+
+    def part(splits: Sequence[str]) -> Part:
+        def labels() -> np.ndarray:
+            found = [value for split in splits for value in values(split)]
+            return np.array([index.get(v, -1) for v in found] if index else found, np.int64)
+
+        def images() -> Read:
+            tables = [
+                datasets.Dataset.from_parquet(
+                    [str(path) for path in files[split]],
+                    cache_dir=str(folder / ".cache"),
+                    columns=[image],
+                    split=split,
+                ).cast_column(image, datasets.Image(decode=False))
+                for split in splits
+            ]
+            return _joined(tables, image, "bytes")
+
+        return Part(labels, images)
+
+    parts = {"train": part(train), "test": part(test)} if test else {"all": part(train)}
+    return Source(classes, parts, str(folder), is_checked=True)
+
+
+def _columns(where: str, features: Any, datasets: Any) -> tuple[str, str]:
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    preferred = [name for name in ("label", "fine_label", "labels") if name in features]
+    labels = preferred[:1] or named
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"{where}: expected one column of images and one of labels, got {dict(features)}"
+        )
+    return images[0], labels[0]
+
+
+def _joined(sources: Sequence[Any], *path: str) -> Read:
+    """Reads one entry of the examples of several sources, one after the other."""
+    ends = np.cumsum([len(source) for source in sources])
+
+    def read(i: int) -> Any:
+        k = int(np.searchsorted(ends, i, side="right"))
+        entry = sources[k][i - (int(ends[k - 1]) if k else 0)]
+        for name in path:
+            entry = entry[name]
+        return entry
+
+    return read
+
+
+def _check_splits(where: str, wanted: Sequence[str], found: Any) -> None:
+    missing = [split for split in wanted if split not in found]
+    if missing:
+        raise ValueError(f"{where}: splits {missing} missing, found {sorted(found)}")
+
+
+def _numbers(version: str) -> Iterator[str]:
+    return (part if part.isdigit() else "0" for part in version.split("."))
