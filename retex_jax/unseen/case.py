@@ -13,10 +13,10 @@ from retex_jax import (
     collection,
     data,
     experiment,
+    identification,
     logging,
     offsets,
     pretrained,
-    train,
     variants,
 )
 from retex_jax.bench import Bench
@@ -190,7 +190,7 @@ class Case:
         """The experiment's, of the seen tasks."""
         bench, (state, _) = self.bench, self.offsets
         model, tasks = self.backbone.model, list(bench.suite.tasks)
-        return train.fit_identifier(self.settings, model, state, tasks, bench.key(0))
+        return identification.obtain(self.settings, model, state, tasks, bench.key(0))[0]
 
     @cached_property
     def scores(self) -> transfer.Features:
