@@ -207,7 +207,7 @@ def _summary(
         for place, part in enumerate(parts)
     ]
     row = evaluate.over_seeds(rows, range(len(parts)))
-    del row["seeds"]
+    del row["seeds"], row["peak_rss_bytes"]  # of this call, whatever the rows took
     means = [_mean(part["unseen"]) for part in parts]
     floors = [_mean(part["unseen"]) for part in pretrained or ()]
     gains = [mean - floor for mean, floor in zip(means, floors, strict=False)]
