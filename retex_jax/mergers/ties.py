@@ -29,6 +29,7 @@ from retex_jax.typing import Array, Params
 _BINS = 1 << 20
 _ALL = 1 << 31  # bit patterns of magnitudes
 _SAMPLE = 1 << 17
+_CANCELLED = 2  # instead of a sign
 
 Cancelled = tuple[np.ndarray, np.ndarray]
 """Positions in a flattened leaf or part where values cancel, and what a positive majority makes of them."""
@@ -94,22 +95,29 @@ def disjoint_merge(
     return total / jnp.maximum(counts, 1)
 
 
+@jax.jit
+def _elect(trimmed: jax.Array) -> jax.Array:
+    """Signs where their sum is not zero, `_CANCELLED` where values cancel, 0 where there are none: [*shape], int8."""
+    signs = elect_signs(trimmed, 0.0)
+    is_kept = fold_tasks(jnp.logical_or, trimmed, lambda one: one != 0)
+    return jnp.where((signs == 0) & is_kept, _CANCELLED, signs).astype(jnp.int8)
+
+
 @jax.jit(static_argnames="merge")
 def _ties_leaf(
     pretrained: jax.Array,
-    task_vectors: jax.Array,
-    limits: jax.Array,
+    task_vectors: Array,
+    limits: Array,
+    majority_sign: float | jax.Array,
     scaling: float | jax.Array,
     merge: Literal["mean", "sum"],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The merged leaf under a negative and a positive majority, whether they differ, the sum of elected signs."""
+) -> tuple[jax.Array, jax.Array]:
+    """The merged leaf, and what was elected in it, see `_elect`."""
     trimmed = trim(task_vectors, limits)
-    signs = elect_signs(trimmed, 0.0)
-    negative, positive = (
-        pretrained + scaling * disjoint_merge(trimmed, jnp.where(signs == 0, sign, signs), merge)
-        for sign in (-1.0, 1.0)
-    )
-    return negative, positive, jnp.any(negative != positive), signs.sum(dtype=jnp.int32)
+    # Elected once: XLA would sum the tasks anew for each of them that is compared with the sum's sign.
+    elected = jax.lax.optimization_barrier(_elect(trimmed))
+    signs = jnp.where(elected == _CANCELLED, majority_sign, elected.astype(jnp.float32))
+    return pretrained + scaling * disjoint_merge(trimmed, signs, merge), elected
 
 
 def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
@@ -174,9 +182,15 @@ def _histograms(
     experts: ExpertSet, low: np.ndarray, high: np.ndarray, shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Histograms of each task's bit patterns in [low, high), and the count of those above."""
-    counts = np.zeros((experts.num_tasks, _BINS), np.int64)
+    bins = int(((high - low - 1) >> shift).max()) + 1
+    counts = np.zeros((experts.num_tasks, bins), np.int64)
     above = np.zeros(experts.num_tasks, np.int64)
+    waiting: list[list[np.ndarray]] = [[] for _ in counts]  # many at once are counted faster
     lock = threading.Lock()
+
+    def add(task: int) -> None:
+        counts[task] += np.bincount(np.concatenate(waiting[task]), minlength=bins)
+        waiting[task].clear()
 
     def count(name: str, part: slice | None) -> None:
         task_vectors = experts.task_vectors(name, part)
@@ -188,11 +202,15 @@ def _histograms(
             inside = bits[bits < np.uint32(high[task] - low[task])]
             beyond = np.count_nonzero(bits < _ALL) - inside.size
             with lock:
-                np.add.at(counts[task], inside >> np.uint32(shift[task]), 1)
+                waiting[task].append(inside >> np.uint32(shift[task]))
                 above[task] += beyond
+                if sum(map(len, waiting[task])) > _BINS:
+                    add(task)
 
     for _ in map_parts(experts, count):
         pass
+    for task in range(experts.num_tasks):
+        add(task)
     return counts, above
 
 
@@ -251,15 +269,15 @@ def fit(
     def merge_part(name: str, part: slice | None) -> tuple[int, Cancelled | None]:
         pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
         task_vectors = experts.task_vectors(name, part)
-        merged, other, cancels, balance = _ties_leaf(
-            pretrained, task_vectors, limits, scaling, merge
-        )
+        merged, elected = _ties_leaf(pretrained, task_vectors, limits, -1.0, scaling, merge)
         leaves.put(name, part, merged)
-        if not cancels:
-            return int(balance), None
-        others = np.asarray(other).reshape(-1)
-        positions = np.flatnonzero(others != np.asarray(merged).reshape(-1))
-        return int(balance), (positions, others[positions])
+        signs = np.asarray(elected).reshape(-1)
+        positions = np.flatnonzero(signs == _CANCELLED)
+        balance = int(signs.sum(dtype=np.int64)) - _CANCELLED * len(positions)
+        if not len(positions):
+            return balance, None
+        other, _ = _ties_leaf(pretrained, task_vectors, limits, 1.0, scaling, merge)
+        return balance, (positions, np.asarray(other).reshape(-1)[positions])
 
     # The majority is known after all leaves, and matters only where values cancel: seldom.
     total, cancelled = 0, []
