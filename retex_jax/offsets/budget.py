@@ -80,7 +80,7 @@ def spectra(offsets: jax.Array, task_weights: np.ndarray, sharing: Sharing = "au
     return Spectra(
         len(weighted),
         none[0] if sharing == "separate" else np.asarray(_stack_spectrum(weighted)),
-        none if sharing == "shared" else np.asarray(separate.decompose(narrow)[0]),
+        none if sharing == "shared" else np.asarray(separate.spectra(narrow)),
     )
 
 

@@ -108,6 +108,25 @@ def decompose(offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _decompose(jnp.asarray(offsets, jnp.float64))
 
 
+def spectra(offsets: jax.Array) -> jax.Array:
+    """Squared singular values of each task's offset, as `decompose` without the vectors: a fraction of its time.
+
+    Args:
+      offsets: [T, a, b] with a <= b, float32.
+
+    Returns:
+      [T, a], descending, float64.
+    """
+    with jax.enable_x64(True):
+        return _spectra(jnp.asarray(offsets, jnp.float64))
+
+
+@jax.jit
+def _spectra(offsets: jax.Array) -> jax.Array:
+    grams = jnp.matmul(offsets, offsets.swapaxes(1, 2), precision="highest")
+    return jnp.maximum(jnp.linalg.eigvalsh(grams)[:, ::-1], 0)
+
+
 @jax.jit
 def _decompose(offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
     grams = jnp.matmul(offsets, offsets.swapaxes(1, 2), precision="highest")

@@ -109,9 +109,8 @@ def base_model(
 
 def difference(experts: ExpertSet, base: FlatParams, name: str, task: int) -> np.ndarray:
     """theta_t - theta_base of one leaf of one expert: [*shape], float64, on the host."""
-    return np.asarray(experts.expert(name, task)).astype(np.float64) - np.asarray(
-        base[name]
-    ).astype(np.float64)
+    own, start = np.asarray(experts.expert(name, task)), np.asarray(base[name])
+    return np.subtract(own, start, dtype=np.float64, casting="unsafe")
 
 
 def decompose(
