@@ -10,12 +10,6 @@ def budgeted(*fractions: float) -> tuple[tuple[str, dict], ...]:
     return tuple(("retex", {"budget": fraction, **form}) for fraction in fractions)
 
 
-def activation_aware(*fractions: float) -> tuple[tuple[str, dict, dict], ...]:
-    """As `budgeted`, with errors weighed by what layers read as far as is best on validation data."""
-    grid = {"shrinkage": (1.0, 0.5, 0.1, 0.01)}
-    return tuple((method, options, grid) for method, options in budgeted(*fractions))
-
-
 def pareto(config: ConfigDict) -> ConfigDict:
     """An experiment's comparison at 0.15% to 4% of the model a task: our form, the paper's three, and DTS.
 
@@ -30,7 +24,6 @@ def pareto(config: ConfigDict) -> ConfigDict:
     fractions = (0.0025, 0.005, 0.01, 0.02, 0.04)
     config.extra_variants = (
         *budgeted(0.0015, *fractions),
-        *activation_aware(0.0025),
         *(("retex", {"rank": rank, "orientation": "auto"}) for rank in (1, 2, 4, 8, 16)),
         *(
             ("retex", {"form": "factorized", "rank": rank, "task_rank": task_rank})
