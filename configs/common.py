@@ -18,7 +18,6 @@ def pareto(config: ConfigDict) -> ConfigDict:
     config.name = f"{config.name}_pareto"
     config.methods = "weight_average,dts_t,t_switch,emr,retex"
     config.expert_seeds = (0, 1, 2)
-    config.search.num_inputs = 256
     config.offsets.rank = 16
     config.offsets.extra_ranks = (1, 2, 4, 8)
     fractions = (0.0025, 0.005, 0.01, 0.02, 0.04)

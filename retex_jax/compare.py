@@ -86,7 +86,11 @@ def previous(
     return rows, {name: found for name, found in results["searches"].items() if name in rows}
 
 
-def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def compare(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    entries: Sequence[Entry] | None = None,
+) -> dict[str, Any]:
     """Fits and evaluates every planned method.
 
     Args:
@@ -94,6 +98,7 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
       workdir: receives results.json, after every method, and report.html; rows that are there are kept, see
         `previous`. With `expert_seeds`, each has a folder of its own, seed_NUMBER, and the workdir receives
         the means, see `over_experts`.
+      entries: what is fitted instead of the experiment's own plan, no two of one name.
 
     Returns:
       The content of results.json; "failed" holds what went wrong, by entry.
@@ -104,23 +109,24 @@ def compare(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
     preflight.check(settings)
-    plan(settings)
+    entries = plan(settings) if entries is None else list(entries)
     if not (numbers := settings["expert_seeds"]):
-        return _compare(settings, workdir)
+        return _compare(settings, workdir, entries)
     repeats = {}
     for seed in numbers:
         logging.info(f"experts of seed {seed}")
         own = {**settings, "seed": seed, "expert_seeds": ()}
-        repeats[seed] = _compare(own, workdir / f"seed_{seed}")
+        repeats[seed] = _compare(own, workdir / f"seed_{seed}", entries)
     results = over_experts(repeats)
     with logging.WorkdirLock(workdir):
         _report(workdir, settings, results)
     return results
 
 
-def _compare(settings: experiment.Settings, workdir: Path) -> dict[str, Any]:
+def _compare(
+    settings: experiment.Settings, workdir: Path, entries: Sequence[Entry]
+) -> dict[str, Any]:
     """Compares on the experts of one seed."""
-    entries = plan(settings)
     experiment.start()
     clock = logging.Clock()
     with logging.WorkdirLock(workdir):

@@ -1,0 +1,272 @@
+"""What the scripts of the papers' tables and figures share: suites, rows, CSV files, pictures and their list.
+
+A script names rows (`Entry`: method, options, and the model that differences are taken from). Those that the workdir of
+the suite does not hold are fitted and evaluated by `retex_jax.compare`, on experts of each seed; all scripts share that
+workdir, so that a row is made once. Accuracies are of the test splits, with the task known.
+
+ReTeX is arXiv:2606.26902; DTS is "Stay Unique, Stay Efficient: Preserving Model Personality in Multi-Task Merging".
+"""
+
+import argparse
+import csv
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the experiment files are no part of the package
+
+from ml_collections import ConfigDict  # noqa: E402
+
+from retex_jax import compare  # noqa: E402
+from retex_jax.variants import Entry  # noqa: E402
+
+RESULTS = ROOT / "experiments/results/papers"
+INDEX = ROOT / "experiments/README.md"
+BUDGET = {
+    "bits": 3,
+    "vector_bits": 4,
+    "sharing": "auto",
+    "orientation": "auto",
+    "task_weights": "energy",
+}
+"""Options of our own form beside its budget."""
+
+TIES = Entry("ties", {"density": 0.2, "merge": "mean", "scaling": 1.0})
+TASK_ARITHMETIC = Entry("task_arithmetic", {"scaling": 0.3})
+
+Rows = Mapping[str, Entry]
+"""What is said of a row, and the row."""
+
+Curves = Mapping[str, Mapping[float, Entry]]
+"""What is said of a curve, and its rows by what they differ in."""
+
+Points = Sequence[tuple[str, float, Any]]
+"""(what is said of a curve or row, what the point differs in, row of results.json)."""
+
+_COLUMNS = (
+    "normalized_accuracy",
+    "normalized_accuracy_interval",
+    "worst_normalized_accuracy",
+    "adr",
+    "amr",
+    "bytes_per_task",
+    "seconds_fit",
+)
+
+
+def retex(**options: Any) -> Entry:
+    """ReTeX with these options."""
+    return Entry("retex", options)
+
+
+def ranks(config: ConfigDict, least: int = 1) -> list[int]:
+    """Powers of two up to the suite's rank."""
+    return [2**n for n in range(12) if least <= 2**n <= config.offsets.rank]
+
+
+def table(
+    script: str,
+    rows: Callable[[ConfigDict], Rows],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a table: a CSV file with a line a row, and a picture of normalized accuracies.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: experiment to its rows.
+      arguments: instead of those of the command line.
+    """
+
+    def single(config: ConfigDict) -> Curves:
+        return {label: {0.0: entry} for label, entry in rows(config).items()}
+
+    _make(script, single, None, arguments)
+
+
+def figure(
+    script: str,
+    curves: Callable[[ConfigDict], Curves],
+    x: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a figure: a CSV file with a line a point, and the picture.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      curves: experiment to its curves.
+      x: what the points of a curve differ in; or "amr", which is measured.
+      arguments: instead of those of the command line.
+    """
+    _make(script, curves, x, arguments)
+
+
+def load(suite: str) -> ConfigDict:
+    """The experiment file of this name."""
+    return importlib.import_module(f"configs.{suite}").get_config()
+
+
+def _make(
+    script: str,
+    curves: Callable[[ConfigDict], Curves],
+    x: str | None,
+    arguments: Sequence[str] | None,
+) -> None:
+    shows = _docstring(script)
+    args = _parse(shows, arguments)
+    started = time.perf_counter()
+    config = load(args.suite)
+    planned = [
+        (label, at, _configured(entry, config))
+        for label, points in curves(config).items()
+        for at, entry in points.items()
+    ]
+    config.expert_seeds = tuple(args.seeds)
+    entries = {entry.name: entry for _, _, entry in planned}
+    workdir = args.workdir / f"{args.suite}_papers"
+    results = compare.compare(config, workdir, list(entries.values()))
+    rows = {row["entry"]: row for row in results["rows"]}
+    found = [(label, at, rows[entry.name]) for label, at, entry in planned if entry.name in rows]
+    folder, name = args.out / args.suite, Path(script).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / f"{name}.csv", found, x, results)
+    (folder / f"{name}.svg").write_text(f"{_draw(found, x, name)}\n", encoding="utf-8")
+    print(f"wrote {folder / name}.csv and .svg")
+    if args.out == RESULTS:
+        _list(name, shows.splitlines()[0], args.suite, time.perf_counter() - started)
+    if results["failed"]:
+        sys.exit(f"failed: {results['failed']}")
+
+
+def _docstring(script: str) -> str:
+    return Path(script).read_text(encoding="utf-8").split('"""')[1]
+
+
+def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    suites = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+    parser = argparse.ArgumentParser(
+        description=shows, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite",
+        default="minilm_text8",
+        choices=suites,
+        metavar="NAME",
+        help="an experiment of configs/: " + ", ".join(suites),
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the experts")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("workdirs"), help="where rows are kept"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="receives SUITE/NAME.csv and .svg"
+    )
+    return parser.parse_args(arguments)
+
+
+def _configured(entry: Entry, config: ConfigDict) -> Entry:
+    """With the options that the suite gives the method."""
+    given = config.method_options.get(entry.method, {})
+    return Entry(entry.method, {**entry.options, **given}, entry.origin)
+
+
+def _write_csv(path: Path, found: Points, x: str | None, results: Mapping[str, Any]) -> None:
+    tasks, own = results["tasks"], results["individual"]
+    seeds = " ".join(map(str, results["expert_seeds"]))
+    differ = [x] if x and x != "amr" else []
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", *differ, *tasks, "mean", *_COLUMNS, "seeds", "commit"])
+        writer.writerow(["Individual", *[""] * len(differ), *_scores(own, tasks)])
+        for label, at, row in found:
+            measures = [_number(row.get(column)) for column in _COLUMNS]
+            place = [_number(at)] * len(differ)
+            scores = _scores(row["accuracy"], tasks)
+            writer.writerow([label, *place, *scores, *measures, seeds, row["commit"]])
+
+
+def _scores(accuracy: Mapping[str, float], tasks: Sequence[str]) -> list[str]:
+    values = [accuracy[task] for task in tasks]
+    return [_number(value) for value in (*values, sum(values) / len(values))]
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _draw(found: Points, x: str | None, title: str) -> str:
+    from retex_jax.plots import canvas
+
+    labels = list(dict.fromkeys(label for label, _, _ in found))
+    height = 14 * len(labels) + (230 if x else 60)
+    with canvas.figure(height) as fig:
+        ax = fig.add_subplot()
+        reference = ax.axhline if x else ax.axvline
+        reference(1.0, color=canvas.INK, linewidth=1.0, linestyle=(0, (3, 2)))
+        if x is None:
+            _dots(ax, found)
+            canvas.percent_axis(ax.xaxis)
+            ax.set_xlabel("normalized accuracy")
+        else:
+            for index, label in enumerate(labels):
+                _curve(ax, [(at, row) for of, at, row in found if of == label], x, label, index)
+            canvas.percent_axis(ax.yaxis)
+            ax.set_ylabel("normalized accuracy")
+            ax.set_xlabel("stored per task, of one model" if x == "amr" else x)
+            fig.legend(loc="outside upper left", ncols=2)
+        ax.grid()
+        return canvas.to_svg(fig, title)
+
+
+def _dots(ax: Any, found: Points) -> None:
+    from retex_jax.plots import canvas
+
+    rows = [row for _, _, row in found]
+    bars = [row.get("normalized_accuracy_interval") or 0.0 for row in rows]
+    style = {"fmt": "o", "color": canvas.PALETTE[0], "markersize": 5, "capsize": 2}
+    ax.errorbar([row["normalized_accuracy"] for row in rows], range(len(rows)), xerr=bars, **style)
+    ax.set_yticks(range(len(rows)), [canvas.short(label, 34) for label, _, _ in found])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _curve(ax: Any, points: Sequence[tuple[float, Any]], x: str, label: str, index: int) -> None:
+    from retex_jax.plots import canvas
+
+    at = [row["amr"] if x == "amr" else place for place, row in points]
+    bars = [row.get("normalized_accuracy_interval") or 0.0 for _, row in points]
+    ax.errorbar(
+        at,
+        [row["normalized_accuracy"] for _, row in points],
+        yerr=bars if any(bars) else None,
+        color=canvas.PALETTE[index % len(canvas.PALETTE)],
+        linestyle=canvas.DASHES[index // len(canvas.PALETTE) % len(canvas.DASHES)],
+        marker="o",
+        markersize=4,
+        linewidth=1.4,
+        capsize=2,
+        label=label,
+    )
+    if min(at) > 0 and max(at) > 8 * min(at):
+        ax.set_xscale("log")
+        if x == "amr":
+            ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+        else:
+            ax.set_xticks(at, [f"{place:g}" for place in at])
+            ax.minorticks_off()
+
+
+def _list(name: str, shows: str, suite: str, seconds: float) -> None:
+    """Enters the run into experiments/README.md, in place of an earlier one."""
+    command = f"python experiments/{name}.py --suite={suite}"
+    line = f"| `{command}` | {seconds / 60:.1f} min | {shows} |"
+    before, lines, after = re.split(
+        r"(?<=<!-- begin runs -->\n)|(?=<!-- end runs -->)", INDEX.read_text(encoding="utf-8")
+    )
+    header, kept = lines.splitlines()[:2], lines.splitlines()[2:]
+    kept = [known for known in kept if not known.startswith(f"| `{command}` |")]
+    body = "\n".join([*header, *sorted([*kept, line])])
+    INDEX.write_text(f"{before}{body}\n{after}", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""The scripts of the papers' tables and figures."""
+
+import csv
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from retex_jax import METHODS
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCRIPTS = sorted(EXPERIMENTS.glob("retex_*.py")) + sorted(EXPERIMENTS.glob("dts_*.py"))
+
+
+def load(path):
+    """A module of experiments/, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+papers = load(EXPERIMENTS / "papers.py")
+
+
+def entries(path, suite):
+    module, config = load(path), papers.load(suite)
+    if hasattr(module, "rows"):
+        return list(module.rows(config).values())
+    return [entry for curve in module.curves(config).values() for entry in curve.values()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("suite", ["minilm_text8", "dinov2_vision8", "vit_b32_8"])
+def test_scripts_name_rows_that_can_be_fitted(path, suite):
+    for entry in entries(path, suite):
+        keywords = inspect.signature(METHODS[entry.method].fit).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in keywords.values())
+        assert free or set(entry.options) <= set(keywords), entry.name
+    assert f"python experiments/{path.name} --suite=" in path.read_text()
+
+
+def run(script, call, cache, folder, monkeypatch):
+    def config(suite):
+        assert suite == "minilm_text8"
+        made = tiny.get_config()
+        made.search.enabled = False
+        return made
+
+    monkeypatch.setattr(papers, "load", config)
+    out = ["--out", str(folder / "out"), "--workdir", str(folder / "work")]
+    with tiny.world(cache):
+        call(str(EXPERIMENTS / script), out)
+    made = folder / "out/minilm_text8" / Path(script).stem
+    with made.with_suffix(".csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file)), made.with_suffix(".svg").read_text()
+
+
+def test_a_table_and_a_figure(tmp_path_factory, tmp_path, monkeypatch, capsys):
+    trained = tiny.trained(tmp_path_factory)
+    seeds = ["--seeds", "0"]
+    module = load(EXPERIMENTS / "retex_figure_11.py")
+
+    def figure(path, out):
+        papers.figure(path, module.curves, "amr", [*out, *seeds])
+
+    found, picture = run("retex_figure_11.py", figure, trained.cache, tmp_path, monkeypatch)
+    labels = ["ReTeX", "ReTeX-Alt", "longer side shared"]
+    assert [row["row"] for row in found] == [
+        "Individual",
+        *(name for name in labels for _ in range(4)),
+    ]
+    assert all(name in picture for name in labels)
+    own = found[0]
+    for row in found[1:]:
+        ratio = sum(float(row[t]) / float(own[t]) for t in tiny.NAMES) / len(tiny.NAMES)
+        assert float(row["normalized_accuracy"]) == pytest.approx(ratio, abs=1e-5)
+        assert float(row["mean"]) == pytest.approx(
+            sum(float(row[t]) for t in tiny.NAMES) / len(tiny.NAMES), abs=1e-5
+        )
+        assert row["seeds"] == "0"
+    sizes = [float(row["amr"]) for row in found[1:5]]
+    assert sizes == sorted(sizes)
+
+    def table(path, out):
+        papers.table(
+            path, lambda _: {"ReTeX": papers.retex(rank=8), "TIES": papers.TIES}, [*out, *seeds]
+        )
+
+    capsys.readouterr()
+    rows, picture = run("retex_table_1.py", table, trained.cache, tmp_path, monkeypatch)
+    assert [row["row"] for row in rows] == ["Individual", "ReTeX", "TIES"]
+    assert rows[1] == {**found[4], "row": "ReTeX"}  # what a figure has made is not made again
+    assert "TIES" in picture
+    assert "kept" in capsys.readouterr().err
+
+
+def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
+    index = tmp_path / "README.md"
+    index.write_text((EXPERIMENTS / "README.md").read_text())
+    monkeypatch.setattr(papers, "INDEX", index)
+    for seconds in (60, 120):
+        papers._list("retex_table_1", "Shows it.", "vit_b32_30", seconds)
+    lines = [line for line in index.read_text().splitlines() if "vit_b32_30" in line]
+    assert lines == [
+        "| `python experiments/retex_table_1.py --suite=vit_b32_30` | 2.0 min | Shows it. |"
+    ]
