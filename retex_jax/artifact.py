@@ -3,7 +3,8 @@
 The manifest (schema 1) holds shape, dtype and SHA-256 of every tensor, size and SHA-256 of the
 whole file, and the metadata; a hash of all that closes it. It is written last, so files that do not
 belong together are refused. All writers here write beside and rename: a reader sees the old file or
-the new one.
+the new one. The tensors of a new artifact lie beside as .artifact.safetensors.new until the manifest
+is there: killed at any moment, `save` leaves the old artifact or the new one.
 """
 
 import hashlib
@@ -13,18 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import jax
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
 from retex_jax import files
+from retex_jax.snapshot import SafetensorsFile
 
 SCHEMA = 1
 TENSORS = "artifact.safetensors"
 MANIFEST = "manifest.json"
+_NEW = f".{TENSORS}.new"
 
-# The dtypes that safetensors' NumPy reader and writer both have.
+# The dtypes that safetensors' NumPy writer has.
 _DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
@@ -40,7 +41,7 @@ class Artifact(NamedTuple):
 def save(
     directory: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> int:
-    """Writes an artifact, replacing the one that may be there.
+    """Writes an artifact, replacing the one that may be there. Two processes must not write one at once.
 
     Args:
       directory: created if missing.
@@ -57,10 +58,14 @@ def save(
     arrays = _as_arrays(tensors)
     body = {"schema": SCHEMA, "metadata": _as_json("metadata", dict(metadata))}
     directory.mkdir(parents=True, exist_ok=True)
-    size = save_safetensors(directory / TENSORS, arrays)
-    body["file"] = {"name": TENSORS, "bytes": size, "sha256": _file_hash(directory / TENSORS)}
+    _settle(directory)
+    new = directory / _NEW
+    size = save_safetensors(new, arrays)
+    body["file"] = {"name": TENSORS, "bytes": size, "sha256": files.file_hash(new)}
     body["tensors"] = {name: _describe(array) for name, array in arrays.items()}
-    return size + write_json(directory / MANIFEST, {**body, "sha256": _manifest_hash(body)})
+    written = write_json(directory / MANIFEST, {**body, "sha256": files.json_hash(body)})
+    os.replace(new, directory / TENSORS)
+    return size + written
 
 
 def load(directory: str | os.PathLike[str]) -> Artifact:
@@ -79,30 +84,58 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         listed.
     """
     directory = Path(directory)
-    missing = [name for name in (MANIFEST, TENSORS) if not (directory / name).is_file()]
+    path = _tensors_path(directory)
+    missing = [each.name for each in (directory / MANIFEST, path) if not each.is_file()]
     if missing:
         raise FileNotFoundError(f"no artifact in {directory}: {' and '.join(missing)} missing")
     manifest = _read_manifest(directory / MANIFEST)
-    path, expected = directory / TENSORS, manifest["tensors"]
-    problems = []
+    expected, problems = manifest["tensors"], []
     size = path.stat().st_size
     if size != manifest["file"]["bytes"]:
         problems.append(f"the file has {size} bytes, expected {manifest['file']['bytes']}")
     tensors: dict[str, np.ndarray] = {}
     try:
-        tensors = dict(sorted(safetensors.numpy.load_file(path).items()))
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        file = SafetensorsFile(path)
+    except ValueError as error:
         problems.append(f"the file can't be read: {error}")
     else:
-        problems += [f"tensor {name!r}: missing" for name in sorted(expected.keys() - tensors)]
-        problems += [f"tensor {name!r}: not in the manifest" for name in tensors.keys() - expected]
-        problems += _changed(tensors, expected)
-    if not problems and _file_hash(path) != manifest["file"]["sha256"]:
+        problems += [f"tensor {name!r}: missing" for name in sorted(expected.keys() - file.specs)]
+        problems += [
+            f"tensor {name!r}: not in the manifest" for name in file.specs.keys() - expected
+        ]
+        for name in sorted(file.specs.keys() & expected):
+            if different := _differences(name, file.specs[name], expected[name]):
+                problems += different
+                continue
+            tensors[name] = np.array(file.read(name))
+            if _content_hash(tensors[name]) != expected[name]["sha256"]:
+                problems.append(f"tensor {name!r}: its content hash is wrong")
+    if not problems and files.file_hash(path) != manifest["file"]["sha256"]:
         problems.append("the file's header isn't the one that was saved")
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(f"{path} doesn't match {MANIFEST}:\n  {listed}")
     return Artifact(tensors, manifest["metadata"])
+
+
+def _tensors_path(directory: Path) -> Path:
+    """The tensors that the manifest vouches for: those of a `save` that was killed are still beside."""
+    new = directory / _NEW
+    if not (new.is_file() and (directory / MANIFEST).is_file()):
+        return directory / TENSORS
+    file = _read_manifest(directory / MANIFEST)["file"]
+    is_meant = new.stat().st_size == file["bytes"] and files.file_hash(new) == file["sha256"]
+    return new if is_meant else directory / TENSORS
+
+
+def _settle(directory: Path) -> None:
+    """Ends what a `save` that was killed has left."""
+    try:
+        path = _tensors_path(directory)
+    except ValueError:  # no artifact that could be lost
+        return
+    if path.name == _NEW:
+        os.replace(path, directory / TENSORS)
 
 
 def save_safetensors(
@@ -177,44 +210,46 @@ def _as_json(name: str, value: Any) -> Any:
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:
+    return {
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "sha256": _content_hash(array),
+    }
+
+
+def _content_hash(array: np.ndarray) -> str:
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    digest = hashlib.sha256(content.data).hexdigest()
-    return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
+    return hashlib.sha256(content.data).hexdigest()
 
 
-def _changed(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> list[str]:
-    """Lists the tensors whose shape, dtype or content isn't the manifest's."""
-    problems = []
-    for name, array in tensors.items():
-        if name not in expected:
-            continue
-        have, want = _describe(array), expected[name]
-        for key in ("shape", "dtype"):
-            if have[key] != want[key]:
-                problems.append(f"tensor {name!r}: {key} is {have[key]}, expected {want[key]}")
-        if have["sha256"] != want["sha256"]:
-            problems.append(f"tensor {name!r}: its content hash is wrong")
-    return problems
+def _differences(name: str, spec: jax.ShapeDtypeStruct, expected: Mapping[str, Any]) -> list[str]:
+    """Lists whether shape and dtype of a tensor aren't the manifest's."""
+    have = {"shape": list(spec.shape), "dtype": spec.dtype.name}
+    return [
+        f"tensor {name!r}: {key} is {value}, expected {expected[key]}"
+        for key, value in have.items()
+        if value != expected[key]
+    ]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    manifest = files.read_json(path)
     if not isinstance(manifest, dict) or "schema" not in manifest:
         raise ValueError(f"{path}: no schema, expected the manifest of an artifact")
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"{path}: schema is {manifest['schema']!r}, expected {SCHEMA}")
-    if manifest.pop("sha256", None) != _manifest_hash(manifest):
+    if manifest.pop("sha256", None) != files.json_hash(manifest):
         raise ValueError(f"{path} is damaged: its content hash is wrong")
+    file, tensors = manifest.get("file"), manifest.get("tensors")
+    if (
+        not isinstance(file, dict)
+        or not {"bytes", "sha256"} <= file.keys()
+        or not isinstance(tensors, dict)
+        or not all(
+            isinstance(entry, dict) and {"shape", "dtype", "sha256"} <= entry.keys()
+            for entry in tensors.values()
+        )
+        or not isinstance(manifest.get("metadata"), dict)
+    ):
+        raise ValueError(f"{path}: expected metadata, and what file and tensors are")
     return manifest
-
-
-def _manifest_hash(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

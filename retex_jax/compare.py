@@ -30,6 +30,7 @@ from retex_jax import (
     command_line,
     evaluate,
     experiment,
+    files,
     logging,
     preflight,
     report,
@@ -38,6 +39,7 @@ from retex_jax import (
 from retex_jax.bench import Bench, choose, fit_row, searched
 from retex_jax.variants import Entry, plan, seeds
 
+_HASH = "sha256"
 _DECIDE = ("seed", "model", "tasks", "data", "finetune", "experts", "calibration", "evaluate")
 
 
@@ -69,10 +71,11 @@ def previous(
     if not path.is_file():
         return {}, {}
     try:
-        results = json.loads(path.read_text())
+        results = files.read_json(path)
     except ValueError:
         results = {}
-    if results.get("identity") != identity(settings):
+    is_ours = isinstance(results, dict) and results.get("identity") == identity(settings)
+    if not (is_ours and _is_whole(results)):
         logging.warning(f"{path} is of another experiment, or damaged, and is replaced")
         return {}, {}
     planned = {entry.name: seeds(entry, settings) for entry in entries}
@@ -84,6 +87,19 @@ def previous(
     if rows:
         logging.info(f"kept {len(rows)} rows of {path}; without that file they are fitted again")
     return rows, {name: found for name, found in results["searches"].items() if name in rows}
+
+
+def _is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether rows and searches are what was written; those of before they were hashed are believed."""
+    rows, searches = results.get("rows"), results.get("searches")
+    if not (isinstance(searches, dict) and isinstance(rows, list)):
+        return False
+    if not all(isinstance(row, dict) and "seeds" in row for row in rows):
+        return False
+    if not all(isinstance(row.get("entry"), str) for row in rows):
+        return False
+    digest = files.json_hash([rows, searches])
+    return results.get(_HASH, digest) == digest
 
 
 def compare(
@@ -181,7 +197,7 @@ def over_experts(repeats: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         }
 
     return {
-        **first,
+        **{name: value for name, value in first.items() if name != _HASH},
         "checkpoint_set": ", ".join(results["checkpoint_set"] for results in repeats.values()),
         "identity": [results["identity"] for results in repeats.values()],
         "seed": None,
@@ -270,7 +286,8 @@ def _results(
         "failed": dict(failed),
         "seconds": dict(bench.clock.seconds),
     }
-    return json.loads(json.dumps(results), parse_constant=lambda _: None)
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    return {**results, _HASH: files.json_hash([results["rows"], results["searches"]])}
 
 
 def main() -> None:

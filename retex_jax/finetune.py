@@ -9,7 +9,7 @@ head/bias) with a TASK.json beside it. Experts that exist are kept; an interrupt
 and ends bitwise equal to an uninterrupted run.
 """
 
-import json
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,7 @@ from retex_jax import (
     command_line,
     data,
     experiment,
+    files,
     logging,
     metrics,
     preflight,
@@ -35,6 +36,7 @@ from retex_jax import (
     recovery,
     tree,
 )
+from retex_jax.preemption import Guard, Preempted
 from retex_jax.pretrained import Backbone
 from retex_jax.typing import Batch, Params
 
@@ -150,6 +152,7 @@ def finetune(
 
     Raises:
       FloatingPointError: if the loss is not finite, with the step.
+      Preempted: after a SIGTERM, when the step that is under way is saved; it ends the program.
     """
     started = time.perf_counter()
     model, train = backbone.model, task.splits["train"]
@@ -176,7 +179,7 @@ def finetune(
         indices = data.batch_indices(len(train["label"]), batch_size, step, seed)
         return data.trim(data.materialize(data.take(train, indices)))
 
-    with logging.progress(steps, f"fine-tune {task.name}") as progress:
+    with Guard() as guard, logging.progress(steps, f"fine-tune {task.name}") as progress:
         for step, batch in enumerate(data.ahead(read, range(done, steps)), done):
             state, loss = train_step(model, tuple(settings.items()), state, batch)
             loss = float(loss)  # waits for the step, so that the progress shown is real
@@ -185,9 +188,12 @@ def finetune(
                     f"{task.name}: the loss is {loss} at step {step + 1}; "
                     f"learning_rate = {learning_rate}"
                 )
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            is_leaving = guard.is_called
+            if is_leaving or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(step + 1, state)
             progress.update(step + 1, loss=loss)
+            if is_leaving:
+                raise Preempted(f"{task.name} is saved at step {step + 1} of {steps}")
     params = jax.device_get(state.params)
     record = {
         "task": task.name,
@@ -201,12 +207,20 @@ def finetune(
         "seconds": time.perf_counter() - started,
     }
     tensors = {**tree.flatten(params["backbone"]), **tree.flatten({"head": params["head"]})}
-    artifact.save_safetensors(directory / f"{task.name}.safetensors", tensors)
+    path = directory / f"{task.name}.safetensors"
+    artifact.save_safetensors(path, tensors)
+    record["file_sha256"] = files.file_hash(path)
+    record["sha256"] = files.json_hash(record)
     artifact.write_json(directory / f"{task.name}.json", record)
-    shutil.rmtree(unfinished)
-    if not any(unfinished.parent.iterdir()):
-        unfinished.parent.rmdir()
+    _clear(unfinished)
     return record
+
+
+def _clear(unfinished: Path) -> None:
+    """Removes the checkpoints of an expert that is finished."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it does not exist, or holds those of other experts
+        unfinished.parent.rmdir()
 
 
 def linear_probe(
@@ -285,16 +299,41 @@ def build_experts(
             for task in tasks:
                 if missing_experts(directory, [task.name]):
                     finetune(backbone, task, directory, **settings)
-    return {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
+    for name in names:
+        _clear(directory / _UNFINISHED / name)
+    return {name: _read_record(directory, name) for name in names}
+
+
+def _read_record(directory: Path, name: str) -> dict[str, Any]:
+    """The record of an expert, whose file is compared with it.
+
+    Raises:
+      ValueError: if one of the two is damaged, or the expert is missing.
+    """
+    path, expert = directory / f"{name}.json", directory / f"{name}.safetensors"
+    remedy = f"remove {path} to have the expert made again"
+    try:
+        record = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if not isinstance(record, dict) or not {"accuracy", "linear_probe"} <= record.keys():
+        raise ValueError(f"{path} is not the record of an expert; {remedy}")
+    own = {key: value for key, value in record.items() if key != "sha256"}
+    if "sha256" not in record:  # of before there were hashes
+        return record
+    if record["sha256"] != files.json_hash(own):
+        raise ValueError(f"{path} is damaged: its content hash is wrong; {remedy}")
+    if not expert.is_file() or files.file_hash(expert) != record["file_sha256"]:
+        raise ValueError(f"{expert} is missing, or has changed since it was written; {remedy}")
+    return record
 
 
 def _check_set(directory: Path, checkpoint_set: str) -> None:
     path = directory / _SET
-    if path.is_file() and (there := json.loads(path.read_text())) != {
-        "checkpoint_set": checkpoint_set
-    }:
+    if path.is_file() and (there := files.read_json(path)) != {"checkpoint_set": checkpoint_set}:
+        found = there.get("checkpoint_set") if isinstance(there, dict) else there
         raise ValueError(
-            f"experts.root: {directory} holds the experts of {there['checkpoint_set']}, "
+            f"experts.root: {directory} holds the experts of {found}, "
             f"expected {checkpoint_set}; choose another folder"
         )
 

@@ -1,14 +1,13 @@
 """Looks for everything that would stop an experiment later, before any long work, and reports it at once."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retex_jax import data, experiment, models, offsets, plots, pretrained, tree
+from retex_jax import data, experiment, files, models, offsets, plots, pretrained, tree
 from retex_jax.experiment import Settings
 from retex_jax.experts import ExpertSet
 from retex_jax.identifier import IDENTIFIERS
@@ -16,7 +15,15 @@ from retex_jax.mergers import MERGERS
 from retex_jax.offsets import adam, exact
 from retex_jax.offsets.state import plan_leaves
 
-_GIVEN_BY_THE_PROGRAM = {"key", "checkpoints", "progress", "task_weights", "roots", "file"}
+_GIVEN_BY_THE_PROGRAM = {
+    "key",
+    "checkpoints",
+    "progress",
+    "task_weights",
+    "roots",
+    "file",
+    "preempted",
+}
 _REQUIRED = (
     "name",
     "seed",
@@ -165,9 +172,9 @@ def check_workdir(settings: Settings, workdir: Path) -> None:
     if not path.is_file():
         return
     try:
-        existing = json.loads(path.read_text())
+        existing = files.read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
+        raise ValueError(f"{error}; choose another --workdir") from error
     if existing == settings:
         return
     ours, theirs = _entries(settings), _entries(existing)

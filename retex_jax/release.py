@@ -13,6 +13,7 @@ from retex_jax.identifier import IDENTIFIERS
 from retex_jax.identifier import serialization as identifiers
 from retex_jax.identifier.subspace import Signatures
 from retex_jax.offsets import FitReport, OffsetState, serialization
+from retex_jax.offsets.state import check_fits
 from retex_jax.recovery import Head, Identifier
 from retex_jax.typing import Array, Params
 
@@ -84,6 +85,15 @@ def load(directory: str | os.PathLike[str]) -> Release:
     folders = {name.split("/")[0] for name in tensors}
     if missing := _PARTS - folders:
         raise ValueError(f"{directory}: the tensors lack {sorted(missing)}: not a release")
+    try:
+        released = _assemble(tensors, metadata)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory}: not a release: {error}") from error
+    check_fits(released.state, str(directory))
+    return released
+
+
+def _assemble(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Release:
     parts: Mapping[str, Any] = tree.unflatten({name: jnp.asarray(x) for name, x in tensors.items()})
     report = metadata["report"]
     optima = {name: np.nan if x is None else x for name, x in report["optima"].items()}
@@ -96,6 +106,8 @@ def load(directory: str | os.PathLike[str]) -> Release:
     )
     identifier = _identifier(tree.flatten(parts["identifier"]), metadata["identifier"])
     heads = {name: parts["heads"][name] for name in metadata["tasks"]}
+    if len(heads) != state.num_tasks:
+        raise ValueError(f"{len(heads)} heads of {state.num_tasks} tasks")
     return Release(state, identifier, heads, metadata)
 
 

@@ -8,6 +8,7 @@ manifest.json, and metrics.jsonl. The same command resumes an interrupted run. -
 and exits with 1 if something is missing.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -36,6 +37,7 @@ from retex_jax import (
 )
 from retex_jax.experts import ExpertSet
 from retex_jax.methods import METHODS
+from retex_jax.preemption import Guard
 
 _UNFINISHED = "unfinished"
 
@@ -158,14 +160,16 @@ def fit_offsets(
     writer: logging.MetricWriter,
     workdir: Path,
 ) -> offsets.OffsetState:
-    """Fits the offsets with progress; an unfinished Adam fit is kept in the workdir and resumed."""
+    """Fits the offsets with progress; an unfinished fit is kept in the workdir and resumed."""
     spec = settings["offsets"]
     solver, options = spec["solver"], dict(spec[spec["solver"]])
     matrices = [name for name in experts.float_leaves if len(experts.leaves[name].shape) > 1]
     steps = options["steps"] if solver == "adam" else len(matrices)
-    with logging.progress(steps, f"fit offsets, {solver}") as bar:
+    unfinished = workdir / _UNFINISHED
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(logging.progress(steps, f"fit offsets, {solver}"))
         if solver == "adam":
-            kept = checkpoint.Checkpointer(workdir / _UNFINISHED)
+            kept = checkpoint.Checkpointer(unfinished)
             latest = kept.latest()
             writer.resume(0 if latest is None else latest + 1, phase="offsets")
             if latest is not None:
@@ -175,9 +179,15 @@ def fit_offsets(
                 bar.update(done, loss=loss)
                 writer.write(done, {"loss": loss}, phase="offsets")
 
-            options.update(checkpoints=kept, progress=show)
+            guard = stack.enter_context(Guard())
+            options.update(checkpoints=kept, progress=show, preempted=lambda: guard.is_called)
         else:
-            options.update(progress=lambda done, _: bar.update(done))
+            unfinished.mkdir(parents=True, exist_ok=True)
+            options.update(
+                progress=lambda done, _: bar.update(done),
+                file=unfinished / "offsets.safetensors",
+                resume=experiment.checkpoint_set(settings),
+            )
         state = offsets.fit(
             experts,
             key=key,

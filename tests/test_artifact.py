@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from retex_jax import artifact
+from retex_jax import artifact, files
 
 
 def _tensors(seed=0):
@@ -38,7 +38,7 @@ def _rewrite_manifest(path, change):
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     change(manifest)
-    manifest["sha256"] = artifact._manifest_hash(manifest)
+    manifest["sha256"] = files.json_hash(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -227,16 +227,63 @@ def test_write_json(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_kill_between_the_two_files_is_noticed(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ("artifact.save_safetensors = die", "old"),
+        ("artifact.write_json = die", "old"),
+        ("artifact.write_json = lambda *args: die(write_json(*args))", "new"),
+    ],
+)
+def test_kill_leaves_the_old_artifact_or_the_new_one(tmp_path, change, kept):
     _saved(tmp_path)
+    old = artifact.load(tmp_path)
     code = """
         import os, signal, sys
         import numpy as np
         from retex_jax import artifact
-        artifact.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        artifact.save(sys.argv[1], {"a": np.ones(3)}, {})
+        die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write_json = artifact.write_json
+        exec(sys.argv[2])
+        artifact.save(sys.argv[1], {"a": np.ones(3)}, {"new": True})
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), tmp_path]
+    command = [sys.executable, "-c", textwrap.dedent(code), tmp_path, change]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    with pytest.raises(ValueError, match=r"'merged/kernel': missing"):
-        artifact.load(tmp_path)
+    found = artifact.load(tmp_path)
+    if kept == "old":
+        assert found.metadata == old.metadata
+        assert found.tensors.keys() == old.tensors.keys()
+    else:
+        assert found.metadata == {"new": True}
+        np.testing.assert_array_equal(found.tensors["a"], np.ones(3))
+    artifact.save(tmp_path, {"b": np.zeros(2)}, {})
+    assert list(artifact.load(tmp_path).tensors) == ["b"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "artifact.safetensors",
+        "manifest.json",
+    ]
+
+
+def test_a_killed_save_that_is_saved_over_does_not_lose_the_finished_one(tmp_path, monkeypatch):
+    """Two kills in a row: after the manifest, and in the next save before its own."""
+    _saved(tmp_path)
+    monkeypatch.setattr(artifact.os, "replace", _stop_at(tmp_path / "artifact.safetensors"))
+    with pytest.raises(KeyboardInterrupt):
+        artifact.save(tmp_path, {"a": np.ones(3)}, {"number": 2})
+    monkeypatch.undo()
+    monkeypatch.setattr(artifact, "write_json", _stop_at(None))
+    with pytest.raises(KeyboardInterrupt):
+        artifact.save(tmp_path, {"a": np.zeros(3)}, {"number": 3})
+    monkeypatch.undo()
+    found = artifact.load(tmp_path)
+    assert found.metadata == {"number": 2}
+    np.testing.assert_array_equal(found.tensors["a"], np.ones(3))
+
+
+def _stop_at(target, replace=os.replace):
+    def stop(source, path):
+        if target is None or path == target:
+            raise KeyboardInterrupt
+        replace(source, path)
+
+    return stop

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from retex_jax import files
 from retex_jax.checkpoint import Checkpointer
 
 
@@ -186,6 +187,65 @@ def test_broken_steps_are_skipped_and_named(tmp_path, caplog):
         checkpointer.metadata(5)
     checkpointer.save(9, tree)
     assert checkpointer.latest() == 9
+
+
+def test_a_flipped_bit_in_the_newest_step_is_named_and_the_older_one_taken(tmp_path, caplog):
+    tree = {"a": jnp.arange(100.0)}
+    checkpointer = Checkpointer(tmp_path, max_to_keep=2)
+    checkpointer.save(1, tree)
+    _flip(checkpointer.save(4, tree) / "state" / "a" / "0")
+    assert checkpointer.latest() == 1
+    assert "skipped checkpoint step 4" in caplog.text and "'a': file state/a/0" in caplog.text
+    with pytest.raises(ValueError, match="damaged"):
+        checkpointer.restore(4, tree)
+    checkpointer.save(2, tree)  # the run goes on from step 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    _assert_same(checkpointer.restore(2, tree), tree)
+
+
+def test_a_step_under_another_name_is_not_whole(tmp_path, caplog):
+    tree = {"a": jnp.ones(3)}
+    Checkpointer(tmp_path).save(3, tree).rename(tmp_path / "5")
+    assert Checkpointer(tmp_path).latest() is None
+    assert "the record is of step 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.pop("files"), "expected metadata, and what leaves and files are"),
+        (lambda record: record["files"].update({"../x": [1, "y"]}), "expected metadata"),
+        (lambda record: record["files"].update({"/etc/passwd": [1, "y"]}), "expected metadata"),
+        (lambda record: record["leaves"].update(a=[]), "expected metadata"),
+        (lambda record: record.pop("schema"), "schema is None"),
+    ],
+)
+def test_hostile_records_are_refused(change, message, tmp_path):
+    tree = {"a": jnp.ones(3)}
+    path = Checkpointer(tmp_path).save(1, tree) / "record.json"
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    change(record)
+    path.write_text(json.dumps({**record, "sha256": files.json_hash(record)}))
+    with pytest.raises(ValueError, match=message):
+        Checkpointer(tmp_path).restore(1, tree)
+    assert Checkpointer(tmp_path).latest() is None
+
+
+@pytest.mark.parametrize("name", ["a/.zarray", "_METADATA", "array_metadatas/process_0"])
+def test_json_that_is_nested_deeply_does_not_reach_orbax(name, tmp_path):
+    """Its parser would overflow the stack; a hostile author can write the hashes anew."""
+    tree = {"a": jnp.ones(3)}
+    folder = Checkpointer(tmp_path).save(1, tree)
+    changed = folder / "state" / name
+    changed.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    record = json.loads((folder / "record.json").read_text())
+    del record["sha256"]
+    record["files"][f"state/{name}"] = [changed.stat().st_size, files.file_hash(changed)]
+    record["sha256"] = files.json_hash(record)
+    (folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{changed.name} is damaged: JSON nested too deeply"):
+        Checkpointer(tmp_path).restore(1, tree)
 
 
 def test_record_is_checked(tmp_path):

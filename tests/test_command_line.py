@@ -202,3 +202,21 @@ def test_config_that_cannot_be_imported_is_a_clear_message(monkeypatch, capsys, 
     assert stopped.value.code == 2
     assert "No module named 'configs'" in capsys.readouterr().err
     assert flags.FLAGS is fail
+
+
+def test_a_preempted_program_says_so_and_has_its_own_exit_code():
+    code = (
+        "import sys\n"
+        "from absl import flags\n"
+        "from retex_jax import command_line, preemption\n"
+        "flags.DEFINE_string('needed', 'x', '')\n"
+        "def main():\n"
+        "    raise preemption.Preempted('mnist is saved at step 3 of 5')\n"
+        "command_line.run(main, required='needed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert (
+        done.stderr
+        == "SIGTERM: mnist is saved at step 3 of 5; the same command goes on from there\n"
+    )

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import artifact, data, experiment, finetune, logging, recovery, tree
+from retex_jax import artifact, data, experiment, finetune, logging, preemption, recovery, tree
 from retex_jax.experts import read_safetensors
 
 
@@ -142,17 +143,60 @@ def test_loss_that_is_not_finite_stops_with_the_step(run, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    real, calls = finetune.train_step, []
+
+    def preempted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_step", preempted)
+        with pytest.raises(preemption.Preempted, match="dots is saved at step 5 of 24") as error:
+            finetune.finetune(run.backbone, run.tasks[0], tmp_path, **settings_of(run))
+    assert (error.value.code, len(calls)) == (75, 5)
+    assert [path.name for path in (tmp_path / ".unfinished/dots").iterdir()] == ["5"]
+    finetune.finetune(run.backbone, run.tasks[0], tmp_path, **settings_of(run))
+    first = (run.experts / "dots.safetensors").read_bytes()
+    assert (tmp_path / "dots.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("bars.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has changed since"),
+        ("bars.json", lambda data: data.replace(b'"test": 80', b'"test": 81'), "content hash"),
+        ("bars.json", lambda data: data[:50], "is damaged"),
+        ("bars.json", lambda data: b"[]", "is not the record of an expert"),
+        ("bars.json", lambda data: b"[" * 100_000, "nested too deeply"),
+        ("experts.json", lambda data: b"[3]", r"holds the experts of \[3\]"),
+    ],
+)
+def test_damaged_experts_are_named(run, tmp_path, name, change, message):
+    root = tmp_path / "experts"
+    shutil.copytree(run.experts, root)
+    before = (root / name).read_bytes()
+    (root / name).write_bytes(change(before))
+    assert (root / name).read_bytes() != before
+    with pytest.raises(ValueError, match=message):
+        finetune.build_experts(
+            run.backbone, run.tasks, root, settings_of(run), checkpoint_set=run.experts.name
+        )
+
+
 def test_only_missing_experts_are_made(run, tmp_path, monkeypatch):
     root = tmp_path / "experts"
     shutil.copytree(run.experts, root)
     (root / "bars.json").unlink()
     assert finetune.missing_experts(root, tiny.NAMES) == ["bars"]
-    made = []
+    made, new = [], {"accuracy": {}, "linear_probe": {}}
 
     def record(backbone, task, directory, **settings):
         made.append(task.name)
         assert settings == settings_of(run)
-        artifact.write_json(directory / f"{task.name}.json", {"task": task.name, "new": True})
+        artifact.write_json(directory / f"{task.name}.json", new)
 
     monkeypatch.setattr(finetune, "finetune", record)
     records = finetune.build_experts(
@@ -160,7 +204,7 @@ def test_only_missing_experts_are_made(run, tmp_path, monkeypatch):
     )
     assert made == ["bars"]
     assert list(records) == list(tiny.NAMES)
-    assert records["bars"] == {"task": "bars", "new": True}
+    assert records["bars"] == new
     assert records["dots"] == json.loads((run.experts / "dots.json").read_text())
 
 

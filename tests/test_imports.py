@@ -25,6 +25,7 @@ CORE = {
     "metrics",
     "offsets",
     "personalized",
+    "preemption",
     "search",
     "snapshot",
     "sources",

@@ -59,6 +59,14 @@ def test_resume_drops_the_rows_that_run_again(tmp_path):
     assert _steps(tmp_path, "b") == []
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"phase": "a", "step": "2"}', "[1]", "{}", "x"])
+def test_damaged_lines_are_removed(tmp_path, line):
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.write('{"phase": "a", "step": 1}\n' + line + '\n{"phase": "a", "step": 3}\n')
+    logging.MetricWriter(tmp_path).resume(3, phase="a")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"phase": "a", "step": 1}\n'
+
+
 def test_half_a_line_left_by_a_kill_is_removed(tmp_path):
     logging.MetricWriter(tmp_path).write(1, {"loss": 1.0}, phase="a")
     with (tmp_path / "metrics.jsonl").open("ab") as file:

@@ -9,6 +9,7 @@ from expert_sets import expert_set
 
 import retex_jax as rtx
 from retex_jax.offsets import adam, generator
+from retex_jax.preemption import Preempted
 
 RETEX = rtx.METHODS["retex"]
 FAST = {
@@ -301,6 +302,17 @@ def test_generator_form_fits_experts_that_lie_on_a_line():
                  checkpoint_every=500)  # fmt: skip
     assert state.task_embeddings.shape == (5, 2)
     assert state.report.residual <= 1e-4 * state.report.energy
+
+
+def test_a_preempted_fit_is_kept_where_it_is_and_goes_on_to_the_same_bits():
+    options = {"steps": 40, "chunk_steps": 5, "checkpoint_every": 20}
+    checkpoints, answers = DictCheckpoints(), [False, False, True]
+    with pytest.raises(Preempted, match="saved at step 15 of 40") as error:
+        _fit(**options, checkpoints=checkpoints, preempted=lambda: answers.pop(0))
+    assert (error.value.code, checkpoints.latest(), answers) == (75, 15, [])
+    resumed = _fit(**options, checkpoints=checkpoints, preempted=lambda: False)
+    assert checkpoints.restored == [15]
+    _assert_equal(_fit(**options), resumed)
 
 
 @pytest.mark.parametrize(("tasks_per_step", "killed_at"), [("all", 10), ("all", 30), ("one", 20)])

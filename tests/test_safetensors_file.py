@@ -154,6 +154,24 @@ def test_parse_json_keeps_what_is_right():
     }
 
 
+@pytest.mark.parametrize("depth", [66, 900, 100_000])
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+def test_json_is_not_nested_deeply(depth, start, end):
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json(start * depth + "1" + end * depth)
+    parse_json(start * 60 + "1" + end * 60)
+
+
+def test_metadata_is_read_and_holds_texts_only():
+    texts = {"format": "pt", "note": "ü"}
+    assert SafetensorsFile(safetensors.numpy.save(TENSORS, texts)).metadata == texts
+    assert SafetensorsFile(safetensors.numpy.save(TENSORS)).metadata == {}
+    assert SafetensorsFile(content({"__metadata__": None, "x": entry()}, EIGHT)).metadata == {}
+    for wrong in ({"a": 1}, [], "text"):
+        with pytest.raises(ValueError, match="__metadata__ is not a JSON object of texts"):
+            SafetensorsFile(content({"__metadata__": wrong, "x": entry()}, EIGHT))
+
+
 GOOD = safetensors.numpy.save(
     {"a": TENSORS["a"], "c": TENSORS["c"], "e": TENSORS["f"]}, {"format": "pt"}
 )

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -27,6 +28,8 @@ from retex_jax import (
     release,
     train,
 )
+from retex_jax.experts import ExpertSet
+from retex_jax.offsets import exact
 
 ROW = {
     "method": str,
@@ -358,6 +361,63 @@ def test_unfinished_experts_of_other_settings_are_not_continued(run, tmp_path, m
 
 
 # Unusual experiments
+
+
+def fit_offsets(run, kind, workdir):
+    """The offsets of the run's experts, as `train` fits them."""
+    settings = command_line.as_dict(tiny.get_config(kind))
+    paths = [run.experts / f"{name}.safetensors" for name in settings["tasks"]]
+    experts = ExpertSet.from_safetensors(
+        run.experts / "pretrained.safetensors", paths, layout="flax", exclude=["^head/"]
+    )
+    writer = logging.MetricWriter(workdir)
+    with tiny.world(run.cache):
+        return train.fit_offsets(settings, experts, jax.random.key(0), writer, workdir)
+
+
+def test_sigterm_saves_the_adam_fit_and_it_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    whole = fit_offsets(run, "adam", tmp_path / "whole")
+    real = logging.MetricWriter.write
+
+    def write(self, step, metrics, *, phase):
+        real(self, step, metrics, phase=phase)
+        if step == 30:  # no step of a checkpoint
+            signal.raise_signal(signal.SIGTERM)
+
+    workdir = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.MetricWriter, "write", write)
+        with pytest.raises(SystemExit, match="saved at step 30 of 60") as error:
+            fit_offsets(run, "adam", workdir)
+    assert error.value.code == 75
+    resumed = fit_offsets(run, "adam", workdir)
+    for mine, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert offset_rows(workdir) == offset_rows(tmp_path / "whole")
+
+
+def test_a_killed_exact_fit_goes_on_from_its_finished_leaves(run, tmp_path, monkeypatch):
+    whole = fit_offsets(run, "", tmp_path / "whole")
+    calls, real = [], exact.add_to_report
+
+    def stop(*args):
+        calls.append(1)
+        real(*args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    workdir = tmp_path / "stopped"
+    monkeypatch.setattr(exact, "add_to_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_offsets(run, "", workdir)
+    resumed = fit_offsets(run, "", workdir)
+    groups = len(calls) - 1
+    for mine, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    fit_offsets(run, "", workdir)
+    assert len(calls) == groups + 1  # the third group was solved twice, and nothing a third time
+    fit_offsets(run, "", tmp_path / "again")
+    assert len(calls) == 2 * groups + 1
 
 
 def test_one_task(run, tmp_path):

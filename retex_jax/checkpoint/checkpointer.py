@@ -65,6 +65,8 @@ class Checkpointer:
             leaves, a leaf isn't numeric, two leaves share a name, or metadata isn't finite JSON.
         """
         newest = next(self._whole_steps(warn=False), None)
+        if newest is not None and step < newest:
+            newest = next(self._whole_steps(warn=False, hashed=True), None)
         if step < 0 or (newest is not None and step < newest):
             raise ValueError(f"step: got {step}, expected at least {newest or 0}")
         try:
@@ -109,16 +111,18 @@ class Checkpointer:
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
-        """Returns the whole steps, ascending; one that isn't whole is named in a warning."""
+        """Returns the whole steps, ascending; one that isn't whole is named in a warning.
+
+        Whole means: the record is intact and every file is there with its recorded size.
+        """
         return sorted(self._whole_steps(warn=True))
 
     def latest(self) -> int | None:
         """Returns the newest whole step, or None; a newer broken one is named in a warning.
 
-        Whole means: the record is intact and every file is there with its recorded size. Contents
-        are hashed by `restore` only.
+        Here whole also means that every file has its recorded content.
         """
-        return next(self._whole_steps(warn=True), None)
+        return next(self._whole_steps(warn=True, hashed=True), None)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata saved with a step.
@@ -154,6 +158,7 @@ class Checkpointer:
         _fail(f"{folder} doesn't fit", _mismatches(saved, expected))
         share = (jax.process_index(), jax.process_count())
         _fail(f"{folder} is damaged", records.damaged_files(folder, record, share=share))
+        _fail(f"{folder} can't be read", records.hostile_files(folder, record))
         targets = {name: leaves.target(leaf, saved[name].impl) for name, leaf in expected.items()}
         found = _read(folder / _STATE, targets)
         damaged = [
@@ -168,7 +173,7 @@ class Checkpointer:
         return jax.tree.unflatten(treedef, given)
 
     def _publish(self, stage: Path, step: int) -> None:
-        """Gives a finished stage its name, then removes the steps that have become too old."""
+        """Gives a finished stage its name, then removes the steps that are too old, or newer and damaged."""
         final = self.directory / str(step)
         aside = self.directory / f".{step}.replaced"
         if final.exists():
@@ -176,7 +181,10 @@ class Checkpointer:
         os.replace(stage, final)
         records.flush_folder(self.directory)
         shutil.rmtree(aside, ignore_errors=True)
-        oldest = list(self._whole_steps(warn=False))[: self.max_to_keep][-1]
+        whole = list(self._whole_steps(warn=False))
+        for newer in whole[: whole.index(step)]:  # whose content `save` has found damaged
+            shutil.rmtree(self.directory / str(newer))
+        oldest = whole[whole.index(step) :][: self.max_to_keep][-1]
         for old in self._folders():
             if old < oldest:
                 shutil.rmtree(self.directory / str(old))
@@ -188,15 +196,16 @@ class Checkpointer:
         names = [path.name for path in self.directory.iterdir() if path.is_dir()]
         return sorted((int(name) for name in names if _STEP.fullmatch(name)), reverse=True)
 
-    def _whole_steps(self, *, warn: bool) -> Iterator[int]:
-        """Yields the whole steps, newest first."""
+    def _whole_steps(self, *, warn: bool, hashed: bool = False) -> Iterator[int]:
+        """Yields the whole steps, newest first; contents are compared where that is asked for."""
+        share = (jax.process_index(), jax.process_count()) if hashed else None
         for step in self._folders():
             folder = self.directory / str(step)
             try:
-                problems = records.damaged_files(folder, records.read(folder))
+                problems = records.damaged_files(folder, records.read(folder), share=share)
             except ValueError as error:
                 problems = [str(error)]
-            if not problems:
+            if not (_count(problems) if hashed else len(problems)):
                 yield step
             elif warn:
                 _log.warning(
@@ -244,12 +253,16 @@ def _restore_args(target: Any) -> Any:
 
 def _fail(what: str, problems: list[str]) -> None:
     """Raises on all processes if one has a problem, so that none waits for another in Orbax."""
-    count = len(problems)
-    if jax.process_count() > 1:
-        count = int(np.sum(multihost_utils.process_allgather(np.int32(count))))
-    if count:
+    if _count(problems):
         listed = "\n  ".join(sorted(problems) or ["another process has found it"])
         raise ValueError(f"checkpoint step {what}:\n  {listed}")
+
+
+def _count(problems: list[str]) -> int:
+    """Of all processes."""
+    if jax.process_count() == 1:
+        return len(problems)
+    return int(np.sum(multihost_utils.process_allgather(np.int32(len(problems)))))
 
 
 def _sync(name: str) -> None:

@@ -53,6 +53,8 @@ def from_tensors(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> Any:
         return _put_together("", facts, tensors)
     except KeyError as error:
         raise ValueError(f"identifier: {error} is missing or unknown") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"identifier: facts of no state: {error}") from error
 
 
 def _take_apart(name: str, value: Any, tensors: dict[str, Array]) -> Any:

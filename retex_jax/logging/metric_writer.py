@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retex_jax.logging import terminal
+from retex_jax.snapshot import parse_json
 
 FILE = "metrics.jsonl"
 
@@ -112,10 +113,10 @@ def _stays(line: str, drop: tuple[str, int] | None) -> bool:
     if not line.endswith("\n"):
         return False
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return False
-    if not isinstance(row, dict) or not {"phase", "step"} <= row.keys():
+    if not isinstance(row, dict) or "phase" not in row or not isinstance(row.get("step"), int):
         return False
     return not (drop and row["phase"] == drop[0] and row["step"] >= drop[1])
 

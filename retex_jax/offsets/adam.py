@@ -23,6 +23,7 @@ from retex_jax.experts import ExpertSet
 from retex_jax.offsets import generator, learned
 from retex_jax.offsets.generator import LearnedForm, Loss, Objective, Problem
 from retex_jax.offsets.state import LeafPlan, OffsetState
+from retex_jax.preemption import Preempted
 from retex_jax.typing import Params
 
 TasksPerStep = Literal["all", "one"]
@@ -74,6 +75,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     progress: ProgressFn | None = None,
+    preempted: Callable[[], bool] | None = None,
 ) -> OffsetState:
     """Learns the offsets.
 
@@ -97,6 +99,7 @@ def fit(
       checkpoints: where to keep the unfinished fit, and to resume from.
       checkpoint_every: steps between two checkpoints, a multiple of `chunk_steps`.
       progress: called after each chunk.
+      preempted: called after each chunk; if it says so, the fit is kept there and left. With `checkpoints`.
 
     Returns:
       The state: with d_emb + 1 >= T in the baked form, which is then smaller, else as a generator;
@@ -108,6 +111,7 @@ def fit(
     Raises:
       ValueError: for a setting that is out of range, or if theta_0 is needed and missing.
       FloatingPointError: if the loss is not finite, with the step.
+      Preempted: see `preempted`; it ends the program.
     """
     d_emb = experts.num_tasks if d_emb is None else d_emb
     check_settings(
@@ -157,8 +161,13 @@ def fit(
             )
         if progress:
             progress(done, steps, loss)
-        if checkpoints is not None and (done % checkpoint_every == 0 or done == steps):
+        if checkpoints is None:
+            continue
+        is_leaving = preempted is not None and preempted()
+        if is_leaving or done % checkpoint_every == 0 or done == steps:
             checkpoints.save(done, state)
+        if is_leaving:
+            raise Preempted(f"the Adam fit is saved at step {done} of {steps}")
     result = learned.to_state(
         experts, merged, plans, groups, problem, state.params, form, task_rank
     )

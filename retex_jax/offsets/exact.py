@@ -23,7 +23,7 @@ from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import activations, certified, differences, streamed
 from retex_jax.offsets.coding import Stored, check_bits, code, code_factors, dense
-from retex_jax.offsets.factor_file import FactorFile
+from retex_jax.offsets.factor_writer import FactorFile
 from retex_jax.offsets.forms import Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState
@@ -202,15 +202,17 @@ def fit(
     offsets: dict[str, Form] = {} if file is None else file.offsets
     report = FitReport({}, {}, {}, {})
     differences.add_vectors(experts, base, plans, offsets, report, weights, vector_bits)
+    if file is not None and not file.finished:
+        file.commit(list(report.residuals), report)
     separate = {name: plan for name, plan in plans.items() if plan.task_ranks is not None}
     shared = {name: plan for name, plan in plans.items() if name not in separate}
-    large = {
+    large = [
         name
         for name, plan in shared.items()
         if 4 * experts.num_tasks * prod(plan.solved_shape) > stack_bytes
         and plan.rank
         and name not in roots
-    }
+    ]
     keys = {
         name: (plan.solved_shape, plan.rank, plan.orientation, name in roots)
         for name, plan in shared.items()
@@ -220,10 +222,13 @@ def fit(
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (entry_bytes * prod(key[0]))))
     done = 0
     for group in [*groups, *([name] for name in (*large, *separate))]:
+        is_finished = file is not None and file.finished.issuperset(group)
         readers = [
             partial(differences.matrices, experts, base, name, plans[name]) for name in group
         ]
-        if group[0] in large:
+        if file is not None and is_finished:
+            file.report_on(group, report)
+        elif group[0] in large:
             (name,) = group
             plan = plans[name]
             leaf = _stream(experts, base, name, plan, weights, bits, precision, stack_bytes, file)
@@ -247,6 +252,8 @@ def fit(
                 offsets[name] = own.form
             report.residuals[name], report.optima[name] = own.residual, own.optimum
             report.energies[name] = own.energy
+        if file is not None and not is_finished:
+            file.commit(group, report)
         done += len(group)
         if progress:
             progress(done, len(plans))

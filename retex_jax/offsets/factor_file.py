@@ -1,220 +1,125 @@
-"""Offsets in a file instead of memory, as they are solved.
+"""The file of a fit: merged model and offsets as safetensors, mapped into memory instead of read.
 
-At the paper's rank the factors of eight tasks take more than two models. Here each is written as soon as it is
-solved, and the state's arrays are mapped from the file: the system reads their pages when they are used, and
-may drop them again. The file is safetensors, with the names that a released one has; what is no tensor is in
-its header's metadata. It is written beside and renamed.
+Its names are those that a released file has; what is no tensor is in its header's metadata, with the SHA-256 of every
+tensor, and one of all this. `retex_jax.offsets.factor_writer` writes it.
 """
 
 import contextlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from retex_jax import files, tree
-from retex_jax.offsets import serialization
-from retex_jax.offsets.forms import Form
-from retex_jax.offsets.state import FitReport, OffsetState
-from retex_jax.snapshot import DTYPES, SafetensorsFile
-from retex_jax.typing import Array, Params
+from retex_jax import tree
+from retex_jax.offsets import factor_writer, serialization
+from retex_jax.offsets.factor_header import REPORTED, SEAL, alias, content_hash, describe, seal
+from retex_jax.offsets.journal import Journal
+from retex_jax.offsets.state import FitReport, OffsetState, check_fits
+from retex_jax.snapshot import SafetensorsFile, parse_json
+from retex_jax.typing import Array
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes: JAX takes over host memory at multiples of it, without a copy.
-_ALIGNMENT = 64
-# Of a header, for each leaf: six entries and a report at most, in which its name stands up to ten times.
-_HEADER_A_LEAF = 2048
+_FACTS = {"layout", "forms", "report", "identity", "sha256"}
 
-
-class FactorFile:
-    """A safetensors file that grows by one tensor at a time.
-
-    Attributes:
-      offsets: leaf name to form; what is set is written, and is mapped from the file when it is got.
-    """
-
-    def __init__(self, path: Path, leaves: Mapping[str, object]):
-        """Opens it.
-
-        Args:
-          path: of the file, which is overwritten.
-          leaves: by name; all leaves that will be put, so that the header has its room.
-        """
-        names = sum(10 * len(json.dumps(name)) + _HEADER_A_LEAF for name in leaves)
-        self._path = path
-        self._file = path.open("wb")
-        self._start = -(-(4096 + names) // _ALIGNMENT) * _ALIGNMENT
-        self._entries: dict[str, dict[str, object]] = {}
-        self._size = 0
-        self._last: dict[str, np.ndarray] = {}
-        self._room: dict[int, int] = {}
-        self._facts: dict[str, object] = {}
-        self.offsets: dict[str, Form] = _Offsets(self)
-        self._file.seek(self._start)
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Room for a float32 tensor that is filled bit by bit and then put, before anything else is.
-
-        It lies in the file, or in memory where `put` would keep it there.
-        """
-        size = 4 * prod(shape)
-        if size % _ALIGNMENT or not size:
-            return np.empty(shape, np.float32)
-        start, self._size = self._size, self._size + size
-        self._file.seek(self._start + self._size)
-        self._file.truncate()
-        room = np.memmap(self._path, np.float32, "r+", self._start + start, shape)
-        self._room = {id(room): start}
-        return room
-
-    def put(self, name: str, array: Array) -> Array:
-        """Writes a tensor, and gives the same mapped from the file.
-
-        One whose bytes would put the next out of alignment is written last, and stays in memory.
-        """
-        values = np.asarray(array)
-        if id(array) in self._room:
-            start = self._room.pop(id(array))
-            self._enter(name, values, start)
-            return self._mapped(values, start)
-        if values.nbytes % _ALIGNMENT or not values.nbytes:
-            self._last[name] = values
-            return array
-        start = self._write(name, values)
-        self._file.flush()
-        return self._mapped(values, start)
-
-    def put_form(self, name: str, form: Form) -> Form:
-        """Writes a leaf's offset, and gives the same mapped from the file."""
-        tensors, facts = serialization.to_tensors({name: form})
-        self._facts |= facts
-        mapped = {key: self.put(f"offsets/{key}", value) for key, value in tensors.items()}
-        return serialization.from_tensors(mapped, facts)[name]
-
-    def put_merged(self, merged: Params) -> Params:
-        """Writes the merged model, and gives the same mapped from the file."""
-        flat = tree.flatten(merged)
-        return tree.unflatten({name: self.put(f"merged/{name}", x) for name, x in flat.items()})
-
-    def finish(self, state: OffsetState) -> None:
-        """Writes what is left, and the header."""
-        self.put("task_embeddings", state.task_embeddings)
-        for name, values in self._last.items():
-            self._write(name, values)
-        report = state.report
-        facts = {
-            "layout": state.layout,
-            "forms": self._facts,
-            "report": {
-                "residuals": report.residuals,
-                "optima": report.optima,
-                "energies": report.energies,
-            },
-        }
-        metadata = {name: json.dumps(value) for name, value in facts.items()}
-        header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
-        length = self._start - 8
-        assert len(header) <= length
-        self._file.seek(0)
-        self._file.write(length.to_bytes(8, "little") + header.ljust(length))
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file; what was mapped from it stays."""
-        self._file.close()
-
-    def _write(self, name: str, values: np.ndarray) -> int:
-        start, self._size = self._size, self._size + values.nbytes
-        self._enter(name, values, start)
-        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        return start
-
-    def _enter(self, name: str, values: np.ndarray, start: int) -> None:
-        self._entries[name] = {
-            "dtype": _DTYPE_NAMES[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [start, start + values.nbytes],
-        }
-
-    def _mapped(self, values: np.ndarray, start: int) -> Array:
-        own = np.memmap(self._path, values.dtype, "r", self._start + start, values.shape)
-        return _alias(own)
-
-
-class _Offsets(dict[str, Form]):
-    def __init__(self, file: FactorFile):
-        super().__init__()
-        self._file = file
-
-    def __setitem__(self, name: str, form: Form) -> None:
-        super().__setitem__(name, self._file.put_form(name, form))
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str], leaves: Mapping[str, object]) -> Iterator[FactorFile]:
-    """Opens a file beside `path`, which takes its place if all goes well; see `FactorFile`."""
-    with files.replacing(path) as beside:
-        file = FactorFile(beside, leaves)
-        try:
-            yield file
-        finally:
-            file.close()
+_log = logging.getLogger(__name__)
 
 
 def save(path: str | os.PathLike[str], state: OffsetState) -> None:
-    """Writes a state that is in memory, atomically; `load` opens it. Spectra are not part of it.
+    """Writes a state that is in memory, atomically; `load` opens it.
 
     Args:
       path: of the file; its folder must exist.
       state: of addressable arrays; see `offsets.gather`.
     """
-    with writing(path, tree.flatten(state.merged)) as file:
+    with factor_writer.writing(path, tree.flatten(state.merged)) as file:
         file.put_merged(state.merged)
         for name, form in state.offsets.items():
             file.offsets[name] = form
         file.finish(state)
 
 
-def load(path: str | os.PathLike[str]) -> OffsetState:
+def load_finished(path: str | os.PathLike[str], identity: str) -> OffsetState | None:
+    """What a fit of this identity has left at `path`, or None; a damaged file is named in a warning.
+
+    A journal that the fit was killed before it could remove is removed.
+
+    Raises:
+      RuntimeError: if another fit has the journal open.
+    """
+    try:
+        if SafetensorsFile(path).metadata.get("identity") != json.dumps(identity):
+            return None
+        state = load(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        _log.warning("%s is solved again: %s", path, error)
+        return None
+    journal_path = factor_writer.journal_path(Path(path))
+    if journal_path.exists():
+        with contextlib.closing(Journal(journal_path, identity)) as journal:
+            journal.remove()
+    return state
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True) -> OffsetState:
     """Opens a file that `fit` or `save` wrote.
 
     Args:
       path: of the file.
+      verify: whether to read it once now, to compare the hash of every tensor.
 
     Returns:
-      The state, its arrays mapped from the file. Spectra are not part of it.
+      The state, its arrays mapped from the file.
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it is not a whole safetensors file, or not one of a fit.
+      ValueError: if it is not a whole safetensors file, or not one of a fit, or has changed since.
     """
     opened = SafetensorsFile(path)
-    with safetensors.safe_open(path, "numpy") as file:
-        metadata = file.metadata() or {}
-    if missing := {"layout", "forms", "report"} - metadata.keys():
+    metadata = dict(opened.metadata)
+    sealed = metadata.pop(SEAL, None)
+    if missing := _FACTS - metadata.keys():
         raise ValueError(f"{path}: its header lacks {sorted(missing)}: not the file of a fit")
-    facts = {name: json.loads(text) for name, text in metadata.items()}
-    parts: dict[str, dict[str, Array]] = {"merged": {}, "offsets": {}, "task_embeddings": {}}
+    described = {name: describe(spec) for name, spec in opened.specs.items()}
+    if sealed != seal(metadata, described):
+        raise ValueError(f"{path} is damaged: its header isn't the one that was written")
+    try:
+        facts = {name: parse_json(text) for name, text in metadata.items()}
+        hashes = dict(zip(opened.specs, facts["sha256"], strict=True))
+        state = _state(opened, facts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the file of a fit: {error}") from error
+    changed = [
+        name for name, want in hashes.items() if verify and content_hash(opened.read(name)) != want
+    ]
+    if changed:
+        raise ValueError(f"{path} is damaged: the content of {changed} isn't what was written")
+    check_fits(state, str(path))
+    return state
+
+
+def _state(opened: SafetensorsFile, facts: Mapping[str, Any]) -> OffsetState:
+    parts: dict[str, dict[str, Array]] = {
+        "merged": {},
+        "offsets": {},
+        "spectra": {},
+        "task_embeddings": {},
+    }
     for name in opened.specs:
         folder, _, rest = name.partition("/")
-        parts[folder][rest] = _alias(opened.read(name))
+        parts[folder][rest] = alias(opened.read(name))
+    spectra = {name: np.array(values) for name, values in parts["spectra"].items()}
+    reported = {part: dict(facts["report"][part]) for part in REPORTED}
+    offsets = serialization.from_tensors(parts["offsets"], facts["forms"])
     return OffsetState(
         tree.unflatten(parts["merged"]),
         jnp.asarray(parts["task_embeddings"][""]),
-        serialization.from_tensors(parts["offsets"], facts["forms"]),
-        FitReport(**facts["report"], spectra={}),
+        dict(sorted(offsets.items())),
+        FitReport(**reported, spectra=spectra),
         facts["layout"],
     )
-
-
-def _alias(values: np.ndarray) -> Array:
-    """The same as JAX's, without a copy where it lies at a multiple of 64 bytes."""
-    if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
-        return values
-    return jax.device_put(np.asarray(values), may_alias=True)

@@ -1,9 +1,12 @@
 """Fits ReTeX's offsets (arXiv:2606.26902, section 4.1): merge, plan the ranks, solve."""
 
 import contextlib
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -22,6 +25,7 @@ from retex_jax.offsets import (
     differences,
     exact,
     factor_file,
+    factor_writer,
     factorized,
     shape_shared,
     tucker,
@@ -34,6 +38,8 @@ from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
 from retex_jax.typing import Array, Params
 
 _RANK = 64
+# What a fit with a budget notes in its file, because it costs a pass over the experts.
+_RANKS = "ranks"
 
 _EXACT = {
     "product": exact.fit,
@@ -62,6 +68,7 @@ def fit(
     base: str | Params = "weight_average",
     base_options: Mapping[str, Any] | None = None,
     file: str | os.PathLike[str] | None = None,
+    resume: str | None = None,
     **solver_options: Any,
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
@@ -102,6 +109,9 @@ def fit(
       file: path of a safetensors file that takes merged model and factors as they are solved; the state's arrays
         are then mapped from it (see `retex_jax.offsets.factor_file`), so that neither needs memory. By "exact"
         with form "product", without `d_emb`.
+      resume: with `file`: any text that tells these experts, calibration and base from others. A fit that was killed
+        is then kept beside `file`, and the same fit goes on from its last finished leaves, to the same bits; one
+        that is finished is opened.
       **solver_options: keywords of `offsets.exact.fit` (such as `bits`), of the form's own module
         (`factorized`, `shape_shared`, `affine`, `tucker`; such as `sweeps`), or of `offsets.adam.fit` (such as
         `objective`).
@@ -123,6 +133,8 @@ def fit(
         problems.append(
             f"file: got {file!r}, which solver 'exact' takes with form 'product', without d_emb"
         )
+    if resume is not None and file is None:
+        problems.append(f"resume: got {resume!r} without a file")
     if problems:
         raise ValueError("\n".join(problems))
     weighing = None if shrinkage == 1 else require(calibration, activations.NAME, experts.num_tasks)
@@ -138,6 +150,16 @@ def fit(
             solver_options.get("sweeps", alternating.SWEEPS),
             solver_options.get("tolerance", alternating.TOLERANCE),
         )
+    identity = None
+    if file is not None and resume is not None:
+        tasks = task_weights if isinstance(task_weights, str) else [*map(float, task_weights)]
+        sizes = (rank, rank_rule, orientation, budget, sharing, tasks, shrinkage)
+        drawn = None if key is None else jax.random.key_data(key).tolist()
+        bases = base if isinstance(base, str) else None, base_options, drawn
+        options = {name: x for name, x in solver_options.items() if name != "progress"}
+        identity = _identity(experts, resume, sizes, bases, options)
+        if (known := factor_file.load_finished(file, identity)) is not None:
+            return known
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule, orientation)
     merged = _merge(experts, key, base, base_options or {})
@@ -150,18 +172,40 @@ def fit(
         return factorized.fit(experts, merged, plans, task_rank=task_rank, **solver_options)
     if form != "product":
         return _EXACT[form](experts, merged, plans, **solver_options)
-    opened = contextlib.nullcontext() if file is None else factor_file.writing(file, experts.leaves)
+    opened = contextlib.nullcontext()
+    if file is not None:
+        opened = factor_writer.writing(file, experts.leaves, identity)
     with opened as factors:
         merged = merged if factors is None else factors.put_merged(merged)
         weights = _weights(experts, merged, task_weights)
         roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
-        if budget is not None:
+        if budget is not None and factors is not None and _RANKS in factors.notes:
+            plans = {
+                name: replace(
+                    plans[name], rank=own, orientation=side, task_ranks=ranks and (*ranks,)
+                )
+                for name, (own, side, ranks) in factors.notes[_RANKS].items()
+            }
+        elif budget is not None:
             plans = _spend(experts, merged, plans, weights, roots, budget, sharing, solver_options)
+            if factors is not None:
+                chosen = {
+                    name: (plan.rank, plan.orientation, plan.task_ranks)
+                    for name, plan in plans.items()
+                }
+                factors.note(_RANKS, chosen)
         given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
         state = exact.fit(experts, merged, plans, **given)
         if factors is not None:
-            factors.finish(state)
+            factors.finish(state, identity)
     return state
+
+
+def _identity(experts: ExpertSet, *facts: Any) -> str:
+    """Of what is known of a fit; numbers of NumPy are told apart as their texts are."""
+    leaves = {name: (spec.shape, str(spec.dtype)) for name, spec in experts.leaves.items()}
+    known = (experts.names, experts.layout, leaves, *facts)
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _problems(

@@ -49,10 +49,15 @@ def from_tensors(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> dict
     """Undoes `to_tensors`.
 
     Raises:
-      ValueError: if a form is unknown, or what it needs is missing.
+      ValueError: if a form is unknown, what it needs is missing, or facts are none that `to_tensors` makes.
     """
-    offsets = {name: _put_together(name, known, tensors) for name, known in facts.items()}
+    try:
+        offsets = {name: _put_together(name, known, tensors) for name, known in facts.items()}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"offsets: facts of no form: {error}") from error
     for name, form in offsets.items():
+        if not isinstance(form, Form):
+            raise ValueError(f"{name}: got a {type(form).__name__}, expected a form")
         if isinstance(form, Tied) and isinstance(offsets.get(form.owner, form), Tied):
             raise ValueError(f"{name}: its owner {form.owner!r} is missing, or is tied itself")
     return offsets

@@ -10,7 +10,7 @@ constant 1 that carries the bias. `retex_jax.offsets.forms` has what a leaf may 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +220,43 @@ def offset_bytes(state: OffsetState) -> int:
     What leaves share counts once, and an affine form's theta_0 counts.
     """
     return tree.param_bytes((state.task_embeddings, state.offsets))
+
+
+def check_fits(state: OffsetState, where: str) -> None:
+    """Makes sure that offsets which come from outside fit their merged model; nothing is computed.
+
+    Args:
+      state: of arrays of any shapes.
+      where: what it was read from, for the message.
+
+    Raises:
+      ValueError: if embeddings, or offsets of any leaf, have other shapes than the merged model needs; all such
+        leaves are listed.
+    """
+    shapes = {name: jnp.shape(leaf) for name, leaf in tree.flatten(state.merged).items()}
+    if jnp.ndim(state.task_embeddings) != 2:
+        shape = jnp.shape(state.task_embeddings)
+        raise ValueError(f"{where}: task_embeddings have shape {shape}, expected [T, K]")
+    embedding = jax.ShapeDtypeStruct(state.task_embeddings.shape[1:], jnp.float32)
+    made: dict[Any, tuple[int, ...]] = {}
+    problems = []
+    for name in state.offsets:
+        try:
+            form, shape = state.form(name), shapes[name]
+            view = tree.matrix_view(name, shape, state.layout)
+            expected = shape if view is None else tree.matrix_shape(shape, view)
+            leaves, structure = jax.tree.flatten(form)
+            key = (structure, *((jnp.shape(leaf), str(leaf.dtype)) for leaf in leaves))
+            if key not in made:
+                made[key] = jax.eval_shape(type(form).offset, form, embedding).shape
+        except Exception as error:  # whatever it is, this form cannot be what was written
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        if made[key] != tuple(expected):
+            problems.append(f"{name}: the offset has shape {made[key]}, expected {expected}")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(f"{where}: offsets do not fit the merged model:\n  {listed}")
 
 
 def generate(state: OffsetState, embedding: jax.Array) -> FlatParams:

@@ -35,6 +35,7 @@ DTYPES = {
 
 _MAX_HEADER = 100_000_000  # bytes; what other readers of the format accept as well
 _MAX_AXES = 32
+_MAX_DEPTH = 64  # levels of JSON, so that nothing that walks them recurses too deeply
 _LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 20  # problems a message lists
 
@@ -44,9 +45,11 @@ class SafetensorsFile:
 
     Attributes:
       specs: name -> `jax.ShapeDtypeStruct`, in the order of the data.
+      metadata: texts of the header.
     """
 
     specs: dict[str, jax.ShapeDtypeStruct]
+    metadata: dict[str, str]
 
     def __init__(self, source: bytes | bytearray | memoryview | str | os.PathLike[str]):
         """Maps a file into memory, or takes its content, and checks the header.
@@ -65,7 +68,7 @@ class SafetensorsFile:
             path = Path(source)
             where, self._data = str(path), _map(path)
         try:
-            self._entries, self._start = _parse(self._data)
+            self._entries, self._start, self.metadata = _parse(self._data)
         except ValueError as error:
             raise ValueError(f"{where}: not a whole safetensors file: {error}") from None
         self.specs = {
@@ -123,12 +126,25 @@ def parse_json(text: bytes | str) -> Any:
         return value
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    if isinstance(value, dict | list):
+        _check_depth(value)
+    return value
 
 
-def _parse(data: np.ndarray) -> tuple[dict[str, Entry], int]:
+def _check_depth(value: dict[str, Any] | list[Any]) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nodes = [node.values() if isinstance(node, dict) else node for node in level]
+        level = [child for node in nodes for child in node if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError("JSON nested too deeply")
+
+
+def _parse(data: np.ndarray) -> tuple[dict[str, Entry], int, dict[str, str]]:
     size = data.size
     if size < 8:
         raise ValueError(f"{size} bytes, expected at least 8")
@@ -147,7 +163,10 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Entry], int]:
         raise ValueError(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise ValueError("its __metadata__ is not a JSON object of texts")
     entries, problems = {}, []
     for name, fields in header.items():
         try:
@@ -161,7 +180,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Entry], int]:
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ValueError("\n  ".join([f"{len(problems)} problem(s)", *shown]))
     order = sorted(entries, key=lambda name: entries[name].start)
-    return {name: entries[name] for name in order}, 8 + length
+    return {name: entries[name] for name in order}, 8 + length, metadata
 
 
 def parse_entry(fields: Any) -> Entry:

@@ -28,6 +28,7 @@ from retex_jax import (
     command_line,
     evaluate,
     experiment,
+    files,
     logging,
     metrics,
     preflight,
@@ -111,10 +112,10 @@ def previous(path: Path, settings: experiment.Settings) -> dict[str, dict[str, A
     if not path.is_file():
         return {}
     try:
-        results = json.loads(path.read_text())
+        results = files.read_json(path)
     except ValueError:
         results = {}
-    if results.get("identity") != identity(settings):
+    if not isinstance(results, dict) or results.get("identity") != identity(settings):
         logging.warning(f"{path} is of another experiment, or damaged, and is replaced")
         return {}
     kept = {split["name"]: split["rows"] for split in results["splits"]} | results["others"]
