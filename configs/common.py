@@ -86,8 +86,15 @@ def get_config() -> ConfigDict:
             # The most examples in each split.
             "data": {"seed": 0, "max_train": 2000, "max_val": 256, "max_test": 512},
             # Of the papers' data sets: ROOT/NAME/SPLIT/CLASS/IMAGE, parquet files of the hub in ROOT/NAME, or what
-            # tensorflow-datasets prepared in ROOT. "": datasets in the cache folder. --dry_run names what is missing.
+            # tensorflow-datasets prepared in ROOT; of GLUE, MMLU, TruthfulQA and BBQ see retex_jax.data.glue and
+            # retex_jax.data.questions. "": datasets in the cache folder. --dry_run names what is missing.
             "data_sets": {"root": ""},
+            # Of GLUE, MMLU, TruthfulQA and BBQ.
+            "language": {
+                "metrics": {},  # task: metric that is not its own, see retex_jax.metrics.METRICS
+                "shots": 5,  # solved questions before each question of MMLU
+                "max_answer": 64,  # tokens of an answer; with its prompt it has model.max_length
+            },
             # Fine-tuned here; or, where model.name is "huggingface", snapshots: ROOT/OWNER/NAME, the
             # hub's cache, or the hub.
             "experts": {

@@ -84,13 +84,34 @@ def _open(
     """Opens the experts of Hugging Face snapshots, and evaluates each."""
     located = huggingface.locate(settings, offline=True)
     experts, heads = huggingface.open_experts(located, backbone)
+    heads |= {task.name: {} for task in tasks if heads[task.name] is None and task.num_outputs == 0}
     headless = [task for task in tasks if heads[task.name] is None]
     if headless:
         templates = settings["experts"]["templates"]
         heads |= huggingface.zero_shot_heads(located.pretrained, headless, templates)
+    _check_heads(tasks, heads)
     collection = Collection(experts, heads, {}, {})
     suite = make_suite(settings, backbone, tasks, collection)
     return collection._replace(individual=protocols.known(suite, experts.expert_params))
+
+
+def _check_heads(tasks: Sequence[data.Task], heads: dict[str, recovery.Head]) -> None:
+    """Makes sure that heads have as many outputs as their tasks.
+
+    Raises:
+      ValueError: naming each head that has not.
+    """
+    problems = []
+    for task in tasks:
+        head = heads[task.name]
+        last = head.get("classifier") or head.get("out_proj") or head
+        found = last["kernel"].shape[1] if last else 0
+        if found != task.num_outputs:
+            problems.append(
+                f"experts: the head of {task.name} has {found} outputs, expected {task.num_outputs}"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def make_suite(
@@ -131,12 +152,14 @@ def calibrate(
     """
     model, heads = backbone.model, list(collected.heads.values())
     spec = settings["calibration"]
-    read = model.example_batch()
+    read = (*model.example_batch(), *recovery.CHOICES)
 
     def features(params: Params, batch: Batch) -> jax.Array:
         return model.apply({"params": params}, batch).pooled
 
     def logits(params: Params, task: int, batch: Batch) -> jax.Array:
+        if recovery.has_choices(batch):
+            return recovery.choice_logits(model, params, batch)
         return recovery.apply_head(heads[task], features(params, batch))
 
     def linear_inputs(params: Params, batch: Batch) -> dict[str, jax.Array]:

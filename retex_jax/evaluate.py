@@ -117,6 +117,10 @@ def routed_row(
       A row of results.json.
     """
     entry = METHODS[method]
+    if any(recovery.has_choices(task.splits["test"]) for task in suite.tasks):
+        raise ValueError(
+            f"method: {method!r} gives features of inputs, expected tasks with heads, not questions"
+        )
     tasks = [protocols.first_inputs(task, num_inputs, "test") for task in suite.tasks]
     mixed = protocols.mixed_test(tasks, suite.seed)
     read = suite.model.example_batch()
@@ -130,8 +134,8 @@ def routed_row(
     accuracy = {}
     for index, task in enumerate(tasks):
         rows = mixed["task"] == index
-        predictions = recovery.logits(suite.heads[index], features[rows]).argmax(axis=1)
-        accuracy[task.name] = metrics.accuracy(predictions, mixed["label"][rows])
+        outputs = recovery.logits(suite.heads[index], features[rows])
+        accuracy[task.name] = metrics.score(task.metric, outputs, mixed["label"][rows])
     return result_row(
         method,
         f"{variant}, {num_inputs} inputs a task".removeprefix(", "),
@@ -234,7 +238,12 @@ def unknown_rows(
     prediction = protocols.predict_unknown(suite.model, state, identifier, inputs, suite.batch_size)
     names = [task.name for task in suite.tasks]
     with_head, without_head, confusion = protocols.unknown(
-        prediction, suite.heads, names, mixed["task"], mixed["label"]
+        prediction,
+        suite.heads,
+        names,
+        mixed["task"],
+        mixed["label"],
+        [task.metric for task in suite.tasks],
     )
     method = IDENTIFIERS[identifier.kind]
     stored = offsets.offset_bytes(state) + method.bytes(identifier.state)

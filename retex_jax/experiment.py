@@ -3,6 +3,7 @@
 The settings are an experiment file (configs/) as plain values, checked by `retex_jax.preflight`.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,19 @@ def load_encoder(
     return pretrained.load_encoder(spec["name"], spec["max_length"])
 
 
+def check_tokenizer(settings: Settings) -> None:
+    """Makes sure that what turns texts into a model's inputs can be loaded; nothing is downloaded.
+
+    Raises:
+      ImportError: if `tokenizers` is not installed.
+      ValueError: if the pretrained snapshot has no tokenizer.json.
+    """
+    if not importlib.util.find_spec("tokenizers"):
+        raise ImportError("text tasks need tokenizers: pip install 'retex_jax[language]'")
+    if from_snapshots(settings):
+        huggingface.tokenizer_file(huggingface.locate(settings, offline=True).pretrained)
+
+
 def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
     """Loads the backbone and the tasks of a checked experiment."""
     spec = settings["model"]
@@ -86,12 +100,15 @@ def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
             spec["name"], spec["options"], max_length=spec["max_length"], seed=settings["seed"]
         )
     image_size = getattr(backbone.model.config, "image_size", None)
+    options = dict(settings["language"])
+    metrics = options.pop("metrics")
     tasks = [
         data.load_task(
             name,
             image_size=image_size,
             encode=backbone.encode,
             root=settings["data_sets"]["root"],
+            language={"metric": metrics.get(name, ""), **options},
             **settings["data"],
         )
         for name in settings["tasks"]

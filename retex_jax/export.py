@@ -77,7 +77,7 @@ def export_model(released: release.Release, task: str, out: Path) -> list[str]:
         with files.replacing(out / name) as beside:
             beside.write_bytes(content)
     written = ["config.json", "model.safetensors", *companions]
-    if head is not None:
+    if head:
         artifact.save_safetensors(out / HEAD_FILE, tree.flatten({"head": head}))
         written.append(HEAD_FILE)
     export(out, model, params, architecture, hf_config)
@@ -183,7 +183,7 @@ def _with_head(
         architecture = ARCHITECTURES["Dinov2ForImageClassification"]
     if not architecture.name.endswith("Classification"):
         return architecture, dict(hf_config)
-    classes = released.metadata["classes"][task]
+    classes = released.metadata["classes"][task] or ["LABEL_0"]  # of a regression
     labels = {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},

@@ -94,13 +94,13 @@ def make_optimizer(
 def train_step(
     model: Any, settings: tuple[tuple[str, float], ...], state: TrainState, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """One step of AdamW on the mean cross-entropy of a batch.
+    """One step of AdamW on the mean loss of a batch; see `probe.mean_loss`.
 
     Args:
       model: Linen module.
       settings: keywords of `make_optimizer` as pairs, so that they can be a static argument.
       state: donated.
-      batch: input arrays [B, ...] and "label" [B].
+      batch: input arrays [B, ...] and "label" [B], of a float dtype for a regression.
 
     Returns:
       The next state and the loss.
@@ -109,7 +109,7 @@ def train_step(
     def loss_fn(params: Params) -> jax.Array:
         features = model.apply({"params": params["backbone"]}, batch).pooled
         logits = features @ params["head"]["kernel"] + params["head"]["bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return probe.mean_loss(logits, batch["label"])
 
     loss, gradients = jax.value_and_grad(loss_fn)(state.params)
     updates, opt_state = make_optimizer(**dict(settings)).update(
@@ -226,7 +226,7 @@ def _clear(unfinished: Path) -> None:
 def linear_probe(
     backbone: Backbone, task: data.Task, batch_size: int
 ) -> tuple[recovery.Head, dict[str, float]]:
-    """Logistic regression on the frozen pretrained features.
+    """Logistic regression on the frozen pretrained features; linear regression where the labels are numbers.
 
     Returns:
       The head that fine-tuning starts from, which is the most regularised probe: one that fits the training
@@ -238,10 +238,10 @@ def linear_probe(
         for name, split in task.splits.items()
     }
     labels = {name: split["label"] for name, split in task.splits.items()}
-    probes = probe.fit_all(features["train"], labels["train"], task.num_classes)
+    probes = probe.fit_all(features["train"], labels["train"], task.num_outputs)
     best = probe.select(probes, features["val"], labels["val"])._asdict()
     return probes[-1]._asdict(), {
-        name: metrics.accuracy(recovery.logits(best, features[name]).argmax(axis=1), labels[name])
+        name: metrics.score(task.metric, recovery.logits(best, features[name]), labels[name])
         for name in ("val", "test")
     }
 
@@ -251,9 +251,11 @@ def _accuracies(model: Any, params: Params, task: data.Task, batch_size: int) ->
     for name in ("val", "test"):
         split = task.splits[name]
         features = recovery.run(model, params["backbone"], split, batch_size)
-        predictions = recovery.logits(params["head"], features).argmax(axis=1)
-        result[name] = metrics.accuracy(predictions, split["label"])
-        result[f"{name}_balanced"] = metrics.balanced_accuracy(predictions, split["label"])
+        outputs = recovery.logits(params["head"], features)
+        result[name] = metrics.score(task.metric, outputs, split["label"])
+        if task.classes:
+            balanced = metrics.balanced_accuracy(outputs.argmax(axis=1), split["label"])
+            result[f"{name}_balanced"] = balanced
     return result
 
 

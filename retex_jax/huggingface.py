@@ -329,8 +329,17 @@ class _Part:
         return self._source.read(self._prefix + name)
 
 
-def _tokenizer(folder: Path, max_length: int) -> Any:
+def tokenizer_file(folder: Path) -> Path:
+    """The tokenizer of a snapshot.
+
+    Raises:
+      ValueError: if there is no tokenizer.json.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it is needed to encode texts")
-    return data.load_tokenizer(path.read_bytes(), max_length)
+    return path
+
+
+def _tokenizer(folder: Path, max_length: int) -> data.Encoder:
+    return data.load_tokenizer(tokenizer_file(folder).read_bytes(), max_length)

@@ -1,6 +1,9 @@
-"""What a merged model is measured by. NumPy, float64; labels and predictions are integer arrays [n]."""
+"""What a merged model is measured by. NumPy, float64; labels and predictions are integer arrays [n].
 
-from collections.abc import Mapping
+A task names what it is measured by: an entry of `METRICS`, from the outputs of its head and its labels.
+"""
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -67,6 +70,51 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     return 2 * hits / (predicted + positive)
 
 
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation, of any number of classes (Gorodkin's R_K; CoLA's metric in GLUE, arXiv:1804.07461).
+
+    Args:
+      predictions: [n], integers.
+      labels: [n], integers.
+
+    Returns:
+      -1 to 1; 0 where it is not defined, because all predictions or all labels are of one class.
+
+    Raises:
+      ValueError: if the arrays differ in shape or are empty.
+    """
+    right = accuracy(predictions, labels)
+    classes = np.unique([predictions, labels])
+    predicted, true = (
+        (np.asarray(values) == classes[:, None]).mean(axis=1) for values in (predictions, labels)
+    )
+    spread = (1 - predicted @ predicted) * (1 - true @ true)
+    return float((right - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Correlation of numbers, -1 to 1; 0 where it is not defined, because one of the two does not vary.
+
+    Args:
+      predictions: [n].
+      labels: [n].
+
+    Raises:
+      ValueError: if the arrays differ in shape, are empty, or hold what is not finite.
+    """
+    x, y = _numbers(predictions, labels)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    # Scaled, so that no square leaves the range of float64.
+    x, y = ((values - values.mean()) / np.ptp(values) for values in (x, y))
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """`pearson` of ranks; numbers that are equal share the mean of their ranks."""
+    return pearson(*(_ranks(values) for values in _numbers(predictions, labels)))
+
+
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Probability that a positive input scores higher than a negative one; ties count half.
 
@@ -103,6 +151,19 @@ def aupr(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(np.sum(precisions * positive) / positive.sum())
 
 
+def _numbers(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    accuracy(predictions, labels)  # checks the shapes
+    x, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("predictions, labels: expected finite numbers")
+    return x, y
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
 def _hits(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
     """Inputs that are predicted positive and are, that are predicted, and that are."""
     accuracy(predictions, labels)  # checks the shapes
@@ -128,6 +189,69 @@ def _counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
         np.bincount(places[positive], minlength=count),
         np.bincount(places[~positive], minlength=count),
     )
+
+
+def _of_classes(
+    measure: Callable[[np.ndarray, np.ndarray], float],
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda outputs, labels: measure(np.argmax(outputs, axis=1), labels)
+
+
+def _mean(
+    first: Callable[[np.ndarray, np.ndarray], float],
+    second: Callable[[np.ndarray, np.ndarray], float],
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda predictions, labels: (
+        (first(predictions, labels) + second(predictions, labels)) / 2
+    )
+
+
+def _f1_of_class_1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return f1(np.asarray(predictions) == 1, np.asarray(labels) == 1)
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _of_classes(accuracy),
+    "matthews": _of_classes(matthews),
+    "f1": _of_classes(_f1_of_class_1),
+    "accuracy_f1": _of_classes(_mean(accuracy, _f1_of_class_1)),
+    "pearson_spearman": lambda outputs, labels: _mean(pearson, spearman)(outputs[:, 0], labels),
+}
+"""By name: (a head's outputs [n, C], labels [n]) -> number; the larger the better.
+
+"accuracy_f1" is the mean of the two, and "f1" that of class 1. "pearson_spearman", the mean of the two
+correlations, is of tasks whose head has one output; the others take the class of the largest.
+"""
+
+REGRESSION = frozenset({"pearson_spearman"})
+"""The entries of `METRICS` that measure numbers, not classes."""
+
+
+def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Measures a task by an entry of `METRICS`.
+
+    Args:
+      metric: its name.
+      outputs: of the task's head, or the scores of the answers to choose from, [n, C].
+      labels: [n].
+
+    Returns:
+      The larger the better.
+
+    Raises:
+      ValueError: if there is no such metric, the outputs are not [n, C] with at least 2 of them (a regression: 1),
+        or as the metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric: got {metric!r}, expected one of {list(METRICS)}")
+    outputs, labels = np.asarray(outputs), np.asarray(labels)
+    fits = outputs.ndim == 2 and (outputs.shape[1] == 1) == (metric in REGRESSION)
+    if not fits or outputs.shape[:1] != labels.shape:
+        wanted = "1" if metric in REGRESSION else "2 or more"
+        raise ValueError(
+            f"outputs: got shape {outputs.shape}, expected [{len(labels)}, {wanted}] for {metric!r}"
+        )
+    return METRICS[metric](outputs, labels)
 
 
 def normalized_accuracy(merged: Mapping[str, float], individual: Mapping[str, float]) -> float:

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from retex_jax import data, experiment, files, models, offsets, plots, pretrained, tree
+from retex_jax import (
+    data,
+    experiment,
+    files,
+    language_checks,
+    models,
+    offsets,
+    plots,
+    pretrained,
+    tree,
+)
 from retex_jax.experiment import Settings
 from retex_jax.experts import ExpertSet
 from retex_jax.identifier import IDENTIFIERS
@@ -36,6 +46,9 @@ _REQUIRED = (
     "data.max_val",
     "data.max_test",
     "data_sets.root",
+    "language.metrics",
+    "language.shots",
+    "language.max_answer",
     "experts.root",
     "experts.pretrained",
     "experts.repositories",
@@ -113,13 +126,7 @@ def check(
     Raises:
       ValueError: listing all problems.
     """
-    entries = _entries(settings)
-    absent = [
-        path
-        for path in _REQUIRED
-        if not any(entry == path or entry.startswith(f"{path}.") for entry in entries)
-    ]
-    if absent:
+    if absent := lacking(settings):
         raise ValueError(f"the experiment lacks {', '.join(absent)}; see configs/common.py")
     problems = [*further, *_data_problems(settings), *_range_problems(settings)]
     model = None
@@ -143,6 +150,16 @@ def check(
             f"experiment {settings['name']!r} cannot run as it is:\n  "
             + "\n  ".join(dict.fromkeys(problems))
         )
+
+
+def lacking(settings: Settings) -> list[str]:
+    """The entries that an experiment must have and this one has not."""
+    entries = _entries(settings)
+    return [
+        path
+        for path in _REQUIRED
+        if not any(entry == path or entry.startswith(f"{path}.") for entry in entries)
+    ]
 
 
 def check_tasks(settings: Settings, tasks: Sequence[data.Task]) -> None:
@@ -222,12 +239,7 @@ def _data_problems(settings: Settings) -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     root = settings["data_sets"]["root"]
-    return problems + [
-        line
-        for name in names
-        if name in data.DATA_SETS
-        for line in data.data_set_problems(name, root)
-    ]
+    return problems + [line for name in names for line in data.data_set_problems(name, root)]
 
 
 def _range_problems(settings: Settings) -> list[str]:
@@ -278,8 +290,9 @@ def _range_problems(settings: Settings) -> list[str]:
 
 def _model_problems(settings: Settings, model: Any) -> list[str]:
     is_text = "input_ids" in model.example_batch()
-    vision = {**data.VISION_TASKS, **data.DATA_SETS}
-    known, other = (data.TEXT_TASKS, vision) if is_text else (vision, data.TEXT_TASKS)
+    texts = (*data.TEXT_TASKS, *data.LANGUAGE_TASKS)
+    vision = (*data.VISION_TASKS, *data.DATA_SETS)
+    known, other = (texts, vision) if is_text else (vision, texts)
     name = settings["model"]["name"]
     problems = []
     misplaced = [task for task in settings["tasks"] if task in other and task not in known]
@@ -288,7 +301,7 @@ def _model_problems(settings: Settings, model: Any) -> list[str]:
     is_random = not (pretrained.required_wheels(name) or experiment.from_snapshots(settings))
     if is_text and is_random:
         problems.append(f"model.name: {name!r} has random weights and no tokenizer to train with")
-    return problems
+    return problems + language_checks.problems(settings, model)
 
 
 def _method_problems(settings: Settings, model: Any) -> list[str]:

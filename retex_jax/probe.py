@@ -1,7 +1,8 @@
 """The linear probe: the floor that a fine-tuned expert must beat.
 
 Multinomial logistic regression on standardised frozen features, by L-BFGS in float32; the L2 penalty is
-chosen on validation data from a grid, all of whose fits run under one vmap.
+chosen on validation data from a grid, all of whose fits run under one vmap. Labels of a float dtype are numbers to
+predict, and the squared error takes the place of the cross-entropy.
 """
 
 from functools import partial
@@ -33,8 +34,8 @@ def fit_all(
 
     Args:
       train_features: [n, d], float32.
-      train_labels: [n], integers below `num_classes`.
-      num_classes: number of classes.
+      train_labels: [n], integers below `num_classes`, or numbers of a float dtype.
+      num_classes: number of classes; 1 for labels of a float dtype.
       steps: of L-BFGS.
 
     Returns:
@@ -63,10 +64,10 @@ def fit(
 
     Args:
       train_features: [n, d], float32.
-      train_labels: [n], integers below `num_classes`.
+      train_labels: [n], integers below `num_classes`, or numbers of a float dtype.
       val_features: [m, d], float32.
       val_labels: [m].
-      num_classes: number of classes.
+      num_classes: number of classes; 1 for labels of a float dtype.
       steps: of L-BFGS.
 
     Returns:
@@ -77,12 +78,21 @@ def fit(
 
 
 def select(probes: list[Probe], val_features: jax.Array, val_labels: jax.Array) -> Probe:
-    """The probe that is most often right on the validation data; of equals, the first."""
-    correct = [
-        int(((val_features @ probe.kernel + probe.bias).argmax(axis=1) == val_labels).sum())
-        for probe in probes
-    ]
-    return probes[correct.index(max(correct))]
+    """The probe that is most often right on the validation data, or has the least error; of equals, the first."""
+    outputs = [val_features @ probe.kernel + probe.bias for probe in probes]
+    merits: list[float]
+    if jnp.issubdtype(jnp.asarray(val_labels).dtype, jnp.floating):
+        merits = [-float(mean_loss(output, val_labels)) for output in outputs]
+    else:
+        merits = [int((output.argmax(axis=1) == val_labels).sum()) for output in outputs]
+    return probes[merits.index(max(merits))]
+
+
+def mean_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits [B, C]; of one output and labels of a float dtype, the mean squared error."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.mean((outputs[:, 0] - labels) ** 2)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -92,8 +102,7 @@ def _fit_one(
     def loss(params: tuple[jax.Array, jax.Array]) -> jax.Array:
         kernel, bias = params
         logits = features @ kernel + bias
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return cross_entropy + penalty * jnp.sum(kernel**2)
+        return mean_loss(logits, labels) + penalty * jnp.sum(kernel**2)
 
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)

@@ -3,6 +3,11 @@
 With the head known, only the backbone is routed by the identifier, as the papers seem to evaluate; with nothing
 known, the identified task's head predicts, and a wrong task counts as wrong. Inputs of unknown task come in
 shuffled batches of all tasks, and nothing that predicts sees the true task.
+
+Every task is measured by its own metric, which is called accuracy throughout. Where a wrong task counts as wrong, the
+metric is that of the inputs whose task is identified, times their share: of accuracy, that is the fraction of inputs
+that are right in both. Questions bring their answers and need no head: with the head known or not, they are answered
+by the identified task's expert.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +45,20 @@ class Unknown(NamedTuple):
 
     Attributes:
       task_ids: identified task of each input, [n], int32.
-      features: pooled features of the identified task's expert, [n, d], float32.
+      features: pooled features of the identified task's expert, [n, d], float32; of questions, the scores that it
+        gives their answers, [n, C].
+      has_choices: whether the inputs are questions.
     """
 
     task_ids: np.ndarray
     features: np.ndarray
+    has_choices: bool = False
+
+    def outputs(self, head: recovery.Head, rows: np.ndarray) -> np.ndarray:
+        """What a head makes of some inputs, [m, C]; of questions, the scores of their answers."""
+        return (
+            self.features[rows] if self.has_choices else recovery.logits(head, self.features[rows])
+        )
 
 
 def known(
@@ -67,9 +81,10 @@ def known(
     result = {}
     for index, task in enumerate(suite.tasks):
         examples = task.splits[split]
-        features = recovery.run(suite.model, recover(index), examples, suite.batch_size)
-        predictions = recovery.logits(suite.heads[index], features).argmax(axis=1)
-        result[task.name] = metrics.accuracy(predictions, examples["label"])
+        outputs = recovery.outputs(
+            suite.model, recover(index), suite.heads[index], examples, suite.batch_size
+        )
+        result[task.name] = metrics.score(task.metric, outputs, examples["label"])
         if progress:
             progress(index + 1, len(suite.tasks))
     return result
@@ -93,8 +108,27 @@ def validation(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) 
 
 
 def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:
-    """The test inputs of all tasks, shuffled together: input arrays, "label" and "task", [n, ...]."""
-    return data.mixed(tasks, "test", seed)
+    """The test inputs of all tasks, shuffled together: input arrays, "label" and "task", [n, ...].
+
+    Labels are float32 where a task is a regression. Texts and answers are filled up to the longest of all tasks.
+    """
+    return data.mixed(_alike(tasks), "test", seed)
+
+
+def _alike(tasks: Sequence[data.Task]) -> list[data.Task]:
+    """Tasks with a split "test" only, whose arrays have the same dtypes and shapes but for the first axis."""
+    splits = [dict(task.splits["test"]) for task in tasks]
+    if len({split["label"].dtype for split in splits}) > 1:
+        splits = [{**split, "label": split["label"].astype(np.float32)} for split in splits]
+    for name in ("input_ids", "attention_mask", *recovery.CHOICES):
+        if all(name in split for split in splits):
+            joined = data.joined([split[name] for split in splits])
+            ends = np.cumsum([len(split[name]) for split in splits])[:-1]
+            for split, array in zip(splits, np.split(joined, ends), strict=True):
+                split[name] = array
+    return [
+        replace(task, splits={"test": split}) for task, split in zip(tasks, splits, strict=True)
+    ]
 
 
 def predict_unknown(
@@ -114,7 +148,7 @@ def predict_unknown(
       batch_size: B.
 
     Returns:
-      Identified tasks and features.
+      Identified tasks and features, or scores of answers.
 
     Raises:
       ValueError: if `inputs` carries "task" or "label".
@@ -126,6 +160,9 @@ def predict_unknown(
         return offsets.recover(state, task)
 
     task_ids = recovery.identify(model, state.merged, identifier, inputs, batch_size, recover)
+    if recovery.has_choices(inputs):
+        scores = recovery.run_choices_grouped(model, recover, inputs, task_ids, batch_size)
+        return Unknown(task_ids, scores, has_choices=True)
     features = recovery.run_grouped(model, recover, inputs, task_ids, batch_size)
     return Unknown(task_ids, features)
 
@@ -136,6 +173,7 @@ def unknown(
     names: Sequence[str],
     true_tasks: np.ndarray,
     labels: np.ndarray,
+    task_metrics: Sequence[str] = (),
 ) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
     """Scores predictions for inputs of unknown task under both protocols.
 
@@ -145,31 +183,28 @@ def unknown(
       names: of the tasks.
       true_tasks: [n].
       labels: [n].
+      task_metrics: of the tasks; accuracy where there are none.
 
     Returns:
       Accuracy a task with the head known, accuracy a task with nothing known, and the identification
       confusion matrix [T, T] (row = true task).
     """
-    classes = np.full((len(heads), len(labels)), -1)
-    for task, head in enumerate(heads):
-        rows = np.flatnonzero((true_tasks == task) | (prediction.task_ids == task))
-        if len(rows):
-            classes[task, rows] = recovery.logits(head, prediction.features[rows]).argmax(axis=1)
-    positions = np.arange(len(labels))
-    head_known = classes[true_tasks, positions] == labels
-    nothing_known = (classes[prediction.task_ids, positions] == labels) & (
-        prediction.task_ids == true_tasks
-    )
+    head_known, nothing_known = {}, {}
+    for task, name in enumerate(names):
+        metric = task_metrics[task] if task_metrics else "accuracy"
+        rows = np.flatnonzero(true_tasks == task)
+        outputs, own_labels = prediction.outputs(heads[task], rows), labels[rows]
+        head_known[name] = metrics.score(metric, outputs, own_labels)
+        found = prediction.task_ids[rows] == task
+        nothing_known[name] = (
+            metrics.score(metric, outputs[found], own_labels[found]) * int(found.sum()) / len(rows)
+            if found.any()
+            else 0.0
+        )
+    if prediction.has_choices:
+        nothing_known = dict(head_known)
     confusion = metrics.confusion_matrix(prediction.task_ids, true_tasks, len(heads))
-    by_task = [true_tasks == task for task in range(len(heads))]
-    return (
-        {name: float(head_known[rows].mean()) for name, rows in zip(names, by_task, strict=True)},
-        {
-            name: float(nothing_known[rows].mean())
-            for name, rows in zip(names, by_task, strict=True)
-        },
-        confusion,
-    )
+    return head_known, nothing_known, confusion
 
 
 def first_inputs(task: data.Task, count: int, split: str) -> data.Task:

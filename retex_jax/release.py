@@ -17,7 +17,7 @@ from retex_jax.offsets.state import check_fits
 from retex_jax.recovery import Head, Identifier
 from retex_jax.typing import Array, Params
 
-_PARTS = {"merged", "task_embeddings", "offsets", "identifier", "heads"}
+_PARTS = {"merged", "task_embeddings", "offsets", "identifier"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Release:
     Attributes:
       state: merged model and offsets.
       identifier: its state, its layers and its kind.
-      heads: task name to head, in task order.
+      heads: task name to head, in task order; {} for a task of questions.
       metadata: facts of the run: "settings", "individual", "checkpoint_set", "commit", "results".
     """
 
@@ -43,19 +43,21 @@ def save(directory: str | os.PathLike[str], release: Release) -> int:
     report = state.report
     identifier_tensors, identifier_facts = identifiers.to_tensors(identifier.state)
     factors, forms = serialization.to_tensors(state.offsets)
+    heads = {name: head for name, head in release.heads.items() if head}
     tensors = tree.flatten(
         {
             "merged": state.merged,
             "task_embeddings": state.task_embeddings,
             "offsets": tree.unflatten(factors),
             "identifier": tree.unflatten(identifier_tensors),
-            "heads": release.heads,
+            **({"heads": heads} if heads else {}),
         }
     )
     metadata = {
         **release.metadata,
         "layout": state.layout,
         "tasks": list(release.heads),
+        "headless": [name for name in release.heads if name not in heads],
         "forms": forms,
         "identifier": {
             "kind": identifier.kind,
@@ -83,7 +85,9 @@ def load(directory: str | os.PathLike[str]) -> Release:
     if missing := expected - set(metadata):
         raise ValueError(f"{directory}: the manifest lacks {sorted(missing)}: not a release")
     folders = {name.split("/")[0] for name in tensors}
-    if missing := _PARTS - folders:
+    headless = metadata.get("headless", [])
+    expected_parts = _PARTS if set(metadata["tasks"]) == set(headless) else {*_PARTS, "heads"}
+    if missing := expected_parts - folders:
         raise ValueError(f"{directory}: the tensors lack {sorted(missing)}: not a release")
     try:
         released = _assemble(tensors, metadata)
@@ -105,7 +109,7 @@ def _assemble(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Re
         layout=metadata["layout"],
     )
     identifier = _identifier(tree.flatten(parts["identifier"]), metadata["identifier"])
-    heads = {name: parts["heads"][name] for name in metadata["tasks"]}
+    heads = {name: {} if name in headless else parts["heads"][name] for name in metadata["tasks"]}
     if len(heads) != state.num_tasks:
         raise ValueError(f"{len(heads)} heads of {state.num_tasks} tasks")
     return Release(state, identifier, heads, metadata)

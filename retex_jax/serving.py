@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
     Attributes:
       task: name of the given or identified task.
-      label: index of the largest logit.
+      label: index of the largest logit; of a regression 0, as its number is the only one of `logits`.
       class_name: of that label; None where the artefact does not name the task's classes.
       logits: of the task's head, [num_classes], float32.
     """
@@ -67,6 +67,11 @@ class Recovered:
         max_batch: int = 64,
         cache_bytes: int = 2**30,
     ):
+        if headless := [name for name, head in released.heads.items() if not head]:
+            raise ValueError(
+                f"released: {headless} have no heads, as questions are answered by the likelihood of their "
+                "answers: see recovery.run_choices with offsets.recover"
+            )
         _check_fit(model, released)
         self.model = model
         self.released = released

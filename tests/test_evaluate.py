@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 import tiny
 
 from retex_jax import data, evaluate, experts, identification, offsets, protocols, recovery, tree
@@ -92,6 +94,73 @@ def test_wrong_task_is_wrong_even_when_its_class_has_the_number_of_the_label():
         prediction, HEADS, NAMES, np.array([0, 1]), np.array([1, 1])
     )
     assert without_head == {"first": 0.0, "second": 1.0}
+
+
+def test_wrong_task_counts_as_wrong_in_every_metric():
+    """The metric of the inputs whose task is identified, times their share."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 2)).astype(np.float32)
+    heads = [{"kernel": np.eye(2, dtype=np.float32)}, {"kernel": np.ones((2, 1), np.float32)}]
+    true_tasks, identified = np.repeat([0, 1], 30), rng.integers(0, 2, 60).astype(np.int32)
+    labels = np.where(true_tasks == 0, rng.integers(0, 2, 60), rng.normal(size=60))
+    labels = labels.astype(np.float32)
+    with_head, without_head, _ = protocols.unknown(
+        protocols.Unknown(identified, features),
+        heads,
+        NAMES,
+        true_tasks,
+        labels,
+        ["matthews", "pearson_spearman"],
+    )
+    for task, (name, measure) in enumerate(
+        zip(
+            NAMES,
+            [
+                lambda x, y: sklearn.metrics.matthews_corrcoef(y.astype(int), x.argmax(axis=1)),
+                lambda x, y: (
+                    (np.corrcoef(x[:, 0], y)[0, 1] + scipy.stats.spearmanr(x[:, 0], y).statistic)
+                    / 2
+                ),
+            ],
+            strict=True,
+        )
+    ):
+        rows = true_tasks == task
+        found = rows & (identified == task)
+        outputs = features @ heads[task]["kernel"]
+        assert with_head[name] == pytest.approx(measure(outputs[rows], labels[rows]), abs=1e-6)
+        want = measure(outputs[found], labels[found]) * found.sum() / rows.sum()
+        assert without_head[name] == pytest.approx(want, abs=1e-6)
+        assert without_head[name] != pytest.approx(with_head[name], abs=1e-3)
+
+
+def test_mixed_inputs_are_filled_up_to_the_longest():
+    def task(name, length, labels):
+        ids = np.full((len(labels), length), length, np.int32)
+        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "label": labels}
+        return data.Task(name, ("a", "b"), {"test": arrays}, "", "")
+
+    tasks = [
+        task("short", 2, np.array([0, 1, 0], np.int32)),
+        task("long", 4, np.array([0.5, 2.5], np.float32)),
+    ]
+    batch = protocols.mixed_test(tasks, seed=0)
+    assert batch["label"].dtype == np.float32
+    for index, (length, labels) in enumerate([(2, [0, 0, 1]), (4, [0.5, 2.5])]):
+        rows = batch["task"] == index
+        assert sorted(batch["label"][rows].tolist()) == labels
+        want = [length] * length + [0] * (4 - length)
+        assert (batch["input_ids"][rows] == want).all()
+        assert batch["attention_mask"][rows].sum() == length * len(labels)
+    assert tasks[0].splits["test"]["input_ids"].shape == (3, 2)
+
+
+def test_methods_that_mix_by_input_refuse_questions(run):
+    arrays = {**run.tasks[0].splits["test"], "choice_ids": np.zeros((80, 2, 1), np.int32)}
+    asked = data.Task("asked", (), {"test": arrays}, "", "")
+    suite = tiny.suite(run)._replace(tasks=[asked, *run.tasks[1:]])
+    with pytest.raises(ValueError, match="method: 'twin' gives features of inputs"):
+        evaluate.routed_row(suite, "twin", "", None, None, 4, 0.0)
 
 
 # Nothing that predicts sees the true task

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import tiny
 
-from retex_jax import artifact, data, experiment, finetune, logging, preemption, recovery, tree
+from retex_jax import (
+    artifact,
+    data,
+    experiment,
+    finetune,
+    logging,
+    metrics,
+    preemption,
+    probe,
+    recovery,
+    tree,
+)
 from retex_jax.experts import read_safetensors
 
 
@@ -121,6 +132,32 @@ def test_training_reads_no_test_data_and_leaves_the_pretrained_model(run, tmp_pa
     assert (tmp_path / "dots.safetensors").read_bytes() == first
     assert not (tmp_path / ".unfinished" / "dots").exists()
     jax.tree.map(np.testing.assert_array_equal, before, run.backbone.params)
+
+
+def test_regression_is_fitted_by_its_numbers(run, tmp_path):
+    """A task whose labels are the brightness of the picture: the expert's correlation is that of its outputs."""
+    splits = {
+        name: {"image": split["image"], "label": split["image"].mean((1, 2, 3)).astype("f4") / 50}
+        for name, split in run.tasks[0].splits.items()
+    }
+    task = data.Task("bright", (), splits, "", "", metric="pearson_spearman")
+    record = finetune.finetune(run.backbone, task, tmp_path, **settings_of(run))
+    assert set(record["accuracy"]) == {"val", "test"}
+    params = read_safetensors(tmp_path / "bright.safetensors")
+    head = params.pop("head")
+    assert head["kernel"].shape == (16, 1)
+    outputs = recovery.run(run.backbone.model, params, splits["test"], 16) @ head["kernel"]
+    want = metrics.score("pearson_spearman", outputs + head["bias"], splits["test"]["label"])
+    assert record["accuracy"]["test"] == pytest.approx(want, abs=1e-5)
+    assert record["accuracy"]["test"] > 0.9
+
+
+def test_loss_of_numbers_is_the_squared_error():
+    outputs = jnp.array([[1.0], [3.0]])
+    assert float(probe.mean_loss(outputs, jnp.array([2.0, 5.0]))) == pytest.approx((1 + 4) / 2)
+    logits = jnp.array([[0.0, 0.0], [0.0, np.log(3)]])
+    want = -(np.log(1 / 2) + np.log(3 / 4)) / 2
+    assert float(probe.mean_loss(logits, jnp.array([0, 1]))) == pytest.approx(want, rel=1e-5)
 
 
 # Interrupted, repeated, broken

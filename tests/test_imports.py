@@ -61,6 +61,7 @@ PROGRAMS = {
     "probe",
     "protocols",
     "huggingface",
+    "language_checks",
     "serving",
     "task_features",
     "train",

@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 import references_identifier
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import (
+    accuracy_score,
     average_precision_score,
+    f1_score,
+    matthews_corrcoef,
     precision_recall_fscore_support,
     roc_auc_score,
 )
@@ -161,3 +167,93 @@ def test_detection_rejects():
                 measure(np.zeros(count), np.zeros(count, bool))
     with pytest.raises(ValueError, match="labels: all are positive"):
         metrics.auroc(np.zeros(2), np.ones(2, bool))
+
+
+# What a task is measured by
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40).filter(
+        lambda pairs: len({label for pair in pairs for label in pair}) > 1  # scikit-learn warns
+    )
+)
+def test_matthews_equals_scikit_learn(pairs):
+    predictions, labels = np.array(pairs).T
+    found = metrics.matthews(predictions, labels)
+    assert found == pytest.approx(matthews_corrcoef(labels, predictions), abs=1e-12)
+    assert found == pytest.approx(metrics.matthews(labels, predictions), abs=1e-12)
+
+
+def test_matthews_by_hand():
+    labels = np.array([1, 1, 1, 0, 0])
+    assert metrics.matthews(labels, labels) == pytest.approx(1)
+    assert metrics.matthews(1 - labels, labels) == pytest.approx(-1)
+    assert metrics.matthews(np.ones(5, int), labels) == 0
+    # 2 true and 1 false positives, 1 false and 1 true negatives: (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2).
+    assert metrics.matthews(np.array([1, 1, 0, 1, 0]), labels) == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+@pytest.mark.parametrize("seed", range(8))
+def test_correlations_equal_scipys(seed, decimals):
+    """With few decimals there are ties."""
+    rng = np.random.default_rng(seed)
+    y = np.round(rng.uniform(0, 5, rng.integers(3, 60)), decimals)
+    x = np.round(y + rng.normal(0, 2, len(y)), decimals).astype(np.float32)
+    found = metrics.pearson(x, y), metrics.spearman(x, y)
+    want = scipy.stats.pearsonr(x.astype(float), y).statistic, scipy.stats.spearmanr(x, y).statistic
+    assert found == pytest.approx(want, abs=1e-12)
+    assert metrics.score("pearson_spearman", x[:, None], y) == pytest.approx(np.mean(want))
+
+
+def test_correlations_by_hand():
+    x, y = np.array([1.0, 2, 3, 10]), np.array([1.0, 2, 3, 4])
+    assert metrics.spearman(x, y) == pytest.approx(1)
+    assert metrics.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    assert metrics.pearson(-x, x) == -1
+    assert metrics.pearson(1e300 * x, 1e-300 * x) == pytest.approx(1)
+    assert metrics.pearson(np.full(4, 0.1), y) == metrics.spearman(y, np.full(4, 0.1)) == 0
+
+
+def test_correlations_reject():
+    for measure in (metrics.pearson, metrics.spearman):
+        with pytest.raises(ValueError, match="predictions: got shape"):
+            measure(np.ones(2), np.ones(3))
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            measure(np.array([1, np.nan]), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("accuracy", accuracy_score),
+        ("matthews", matthews_corrcoef),
+        ("f1", f1_score),
+        ("accuracy_f1", lambda y, x: (accuracy_score(y, x) + f1_score(y, x)) / 2),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_of_the_largest_output(name, reference, seed):
+    rng = np.random.default_rng(seed)
+    outputs, labels = rng.normal(size=(50, 2)), rng.integers(0, 2, 50).astype(np.float32)
+    want = reference(labels.astype(int), outputs.argmax(axis=1))
+    assert metrics.score(name, outputs, labels) == pytest.approx(want, abs=1e-12)
+
+
+def test_every_metric_is_named():
+    assert {*metrics.METRICS} == {"accuracy", "matthews", "f1", "accuracy_f1", "pearson_spearman"}
+    assert {"pearson_spearman"} == metrics.REGRESSION
+
+
+def test_score_rejects():
+    labels = np.array([0, 1])
+    with pytest.raises(ValueError, match="metric: got 'mcc', expected one of"):
+        metrics.score("mcc", np.ones((2, 2)), labels)
+    for name, shape in (
+        ("accuracy", (2, 1)),
+        ("matthews", (2,)),
+        ("pearson_spearman", (2, 2)),
+        ("accuracy", (3, 2)),
+    ):
+        with pytest.raises(ValueError, match="outputs: got shape"):
+            metrics.score(name, np.ones(shape), labels)

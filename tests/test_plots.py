@@ -121,10 +121,17 @@ def test_accuracy_bars_leave_missing_values_out():
     assert len(_widths(plots.accuracy_bars("xyz", series), canvas.BARS[0])) == 1 + 1
 
 
+def test_accuracy_bars_reach_below_zero_for_a_correlation():
+    """The axis then begins below zero, and the bars keep their proportions."""
+    series = {"A": {"x": -0.3, "y": 0.6}}
+    negative, positive, _ = _widths(plots.accuracy_bars("xy", series), canvas.BARS[0])
+    assert positive / negative == pytest.approx(2, rel=1e-3)
+
+
 def test_accuracy_bars_name_every_problem():
     with pytest.raises(ValueError) as error:
-        plots.accuracy_bars(["x"], {"A": {"x": 1.2}, "B": {"x": -0.1}}, references=["C"])
-    for part in ("1.2", "-0.1", "'C'"):
+        plots.accuracy_bars(["x"], {"A": {"x": 1.2}, "B": {"x": -1.1}}, references=["C"])
+    for part in ("1.2", "-1.1", "'C'"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="must not be empty"):
         plots.accuracy_bars([], {})

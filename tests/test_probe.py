@@ -87,3 +87,28 @@ def test_class_that_never_occurs_is_no_trouble():
     assert found.kernel.dtype == found.bias.dtype == np.float32
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     assert accuracy(*found, features[300:], labels[300:] % 3) > 0.5
+
+
+def test_numbers_are_predicted_by_ridge_regression(monkeypatch):
+    """The objective, mean squared error + penalty * |kernel|^2 on standardised features, in closed form."""
+    features, _ = problem(noise=1.0)
+    rng = np.random.default_rng(3)
+    labels = (standardized(features)[:, 0] + 0.3 * rng.normal(size=len(features)) + 2).astype("f4")
+    monkeypatch.setattr(probe, "PENALTIES", (0.03,) * 4)
+    found = fit(features, labels, num_classes=1)
+    inputs = standardized(features)[:NUM].astype("f8")
+    mean = labels[:NUM].mean()
+    kernel = np.linalg.solve(
+        inputs.T @ inputs / NUM + 0.03 * np.eye(DIMS), inputs.T @ (labels[:NUM] - mean) / NUM
+    )
+    want = standardized(features)[NUM:] @ kernel + mean
+    got = features[NUM:] @ np.asarray(found.kernel) + np.asarray(found.bias)
+    np.testing.assert_allclose(got[:, 0], want, atol=2e-3)
+
+
+def test_number_probe_of_least_error_is_chosen():
+    features = np.array([[1.0], [2.0]], "f4")
+    probes = [
+        probe.Probe(np.full((1, 1), slope, "f4"), np.zeros(1, "f4")) for slope in (3.0, 1.1, 0.0)
+    ]
+    assert probe.select(probes, features, np.array([1.0, 2.0], "f4")) is probes[1]

@@ -435,6 +435,10 @@ def test_all_problems_are_listed(tmp_path):
     assert problems(with_unseen()) == []
     assert "no two of the same" in problems(with_unseen(splits=[["t1"], ["t1"]]))[0]
     assert "at most 28" in problems(with_unseen(num_splits=29))[0]
+    asked = {**with_unseen(), "tasks": ("cola", "stsb", "mmlu", "rte")}
+    assert problems(asked) == [
+        "tasks: ['stsb', 'mmlu'] have no classes, expected tasks of classification"
+    ]
     older = {name: value for name, value in with_unseen().items() if name != "unseen"}
     assert problems(older) == ["the experiment lacks unseen; see configs/common.py"]
     config = tiny.get_config()

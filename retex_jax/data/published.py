@@ -6,23 +6,17 @@ Unlike the packaged tasks their copies are not dropped: the figures are on the p
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from retex_jax.data import folders, prepared
 from retex_jax.data.folders import Source
 from retex_jax.data.images import Images, raise_all
+from retex_jax.data.prepared import data_root
 from retex_jax.data.registry import DATA_SETS, DataSet
 from retex_jax.data.tasks import Task, stratified_order
-from retex_jax.data.wheels import cache_dir
 
 _MOST_VALIDATION = 5000
-
-
-def data_root(root: str | os.PathLike = "") -> Path:
-    """Where data sets lie: `root`, or datasets in the cache folder."""
-    return Path(root) if root else cache_dir() / "datasets"
 
 
 def load_published(
@@ -188,16 +182,11 @@ def how_to_get(spec: DataSet, root: str | os.PathLike = "") -> str:
     folder = data_root(root) / spec.name
     ways = []
     if spec.tfds:
-        ways.append(
-            f"tfds build {spec.tfds} --file_format=array_record --data_dir={data_root(root)}"
-        )
+        ways.append(prepared.tfds_command(spec.tfds, root))
     if spec.hub:
         repository, _, configuration = spec.hub.partition(":")
-        include = f" --include '{configuration}/*'" if configuration else ""
-        ways.append(
-            f"hf download {repository} --repo-type dataset --revision refs/convert/parquet"
-            f"{include} --local-dir {folder}"
-        )
+        revision = "refs/convert/parquet"
+        ways.append(prepared.hub_command(repository, folder, configuration, revision))
     ways.append(f"images of {spec.where} as {folder}/SPLIT/CLASS/* or {folder}/CLASS/*")
     return "; or ".join(ways)
 
@@ -211,11 +200,7 @@ def _open(spec: DataSet, root: str | os.PathLike) -> Source:
             return prepared.read_parquet(folder, configuration, *spec.splits("hub"))
         if folders.holds_images(folder):
             return folders.read_folder(folder)
-    roots = [
-        data_root(root),
-        *([os.environ["TFDS_DATA_DIR"]] if "TFDS_DATA_DIR" in os.environ else []),
-    ]
-    found = prepared.find_tfds(spec.tfds, roots) if spec.tfds else None
+    found = prepared.find_tfds(spec.tfds, root) if spec.tfds else None
     if found:
         return prepared.read_tfds(found, *spec.splits("tfds"))
     raise ValueError(f"{spec.name}: no data in {folder}; get it with: {how_to_get(spec, root)}")

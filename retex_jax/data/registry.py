@@ -33,6 +33,7 @@ class DataSet:
       train: the splits of tfds and of the hub that are trained on.
       test: those that are tested on; () if all are in one, which is then split.
       shares: of the validation and the test part, where it is split here.
+      num_test: test examples as published or as split here; 0 where it is not known to us.
       readable: label of the source to words, where the label itself is none.
       templates: prompts with "{}" for the class.
     """
@@ -46,6 +47,7 @@ class DataSet:
     train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     test: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shares: tuple[float, float] = (0.1, 0.2)
+    num_test: int = 0
     readable: Mapping[str, str] = field(default_factory=dict)
     templates: tuple[str, ...] = _PHOTO
 
@@ -113,6 +115,7 @@ _ALL = (
         "sun397",
         397,
         "vision.princeton.edu/projects/2010/SUN",
+        num_test=19_850,
         tfds="sun397/standard-part1-120k",
         hub="tanganke/sun397",
         templates=("a photo of a {}.", "a photo taken at a {}."),
@@ -121,6 +124,7 @@ _ALL = (
         "stanford-cars",
         196,
         "Krause et al., 3DRR 2013",
+        num_test=8_041,
         tfds="cars196",
         hub="tanganke/stanford_cars",
         templates=("a photo of a {}.", "a photo of a {}, a car."),
@@ -130,6 +134,7 @@ _ALL = (
         45,
         "Cheng et al., Proc. IEEE 2017; lists resisc45-{train,val,test}.txt of "
         "storage.googleapis.com/remote_sensing_representations",
+        num_test=6_300,
         tfds="resisc45",
         hub="tanganke/resisc45",
         test=_ONE,
@@ -141,6 +146,7 @@ _ALL = (
         10,
         "github.com/phelber/EuroSAT",
         "MIT",
+        num_test=2_700,
         tfds="eurosat/rgb",
         hub="tanganke/eurosat",
         test=_ONE,
@@ -164,6 +170,7 @@ _ALL = (
         10,
         "ufldl.stanford.edu/housenumbers",
         "non-commercial use",
+        num_test=26_032,
         tfds="svhn_cropped",
         hub="ufldl-stanford/svhn:cropped_digits",
         readable=_DIGITS,
@@ -173,6 +180,7 @@ _ALL = (
         "gtsrb",
         43,
         "benchmark.ini.rub.de",
+        num_test=12_630,
         hub="tanganke/gtsrb",
         readable={str(i): words for i, words in enumerate(_SIGNS)},
         templates=("a photo of a {}.", "a traffic sign by the road: a {}."),
@@ -181,6 +189,7 @@ _ALL = (
         "mnist",
         10,
         "LeCun et al., 1998",
+        num_test=10_000,
         tfds="mnist",
         hub="ylecun/mnist",
         readable=_DIGITS,
@@ -191,6 +200,7 @@ _ALL = (
         47,
         "www.robots.ox.ac.uk/~vgg/data/dtd",
         "for research",
+        num_test=1_880,
         tfds="dtd",
         hub="tanganke/dtd",
         train={"tfds": _BOTH},
@@ -200,6 +210,7 @@ _ALL = (
         "cifar100",
         100,
         "www.cs.toronto.edu/~kriz/cifar.html",
+        num_test=10_000,
         tfds="cifar100",
         hub="tanganke/cifar100",
         templates=("a photo of a {}.", "a small, blurred photo of a {}."),
@@ -208,6 +219,7 @@ _ALL = (
         "stl10",
         10,
         "cs.stanford.edu/~acoates/stl10",
+        num_test=8_000,
         tfds="stl10",
         hub="tanganke/stl10",
         readable=_numbered(_OF_STL10),
@@ -216,6 +228,7 @@ _ALL = (
         "oxford_flowers102",
         102,
         "www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        num_test=6_149,
         tfds="oxford_flowers102",
         hub="dpdl-benchmark/oxford_flowers102",
         train={"tfds": _BOTH, "hub": _BOTH},
@@ -226,6 +239,7 @@ _ALL = (
         37,
         "www.robots.ox.ac.uk/~vgg/data/pets",
         "CC BY-SA 4.0",
+        num_test=3_669,
         tfds="oxford_iiit_pet",
         hub="timm/oxford-iiit-pet",
         templates=("a photo of a {}, a pet.", "a photo of a {}."),
@@ -235,6 +249,7 @@ _ALL = (
         2,
         "github.com/basveeling/pcam",
         "CC0 1.0",
+        num_test=32_768,
         tfds="patch_camelyon",
         hub="1aurent/PatchCamelyon",
         readable={
@@ -249,6 +264,7 @@ _ALL = (
         "fer2013",
         7,
         "www.kaggle.com/datasets/msambare/fer2013",
+        num_test=7_178,
         readable={
             "angry": "angry",
             "disgust": "disgusted",
@@ -276,6 +292,7 @@ _ALL = (
         "cifar10",
         10,
         "www.cs.toronto.edu/~kriz/cifar.html",
+        num_test=10_000,
         tfds="cifar10",
         hub="tanganke/cifar10",
         readable=_numbered(_OF_CIFAR10),
@@ -285,6 +302,7 @@ _ALL = (
         "food101",
         101,
         "data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        num_test=25_250,
         tfds="food101",
         hub="ethz/food101",
         test={"tfds": ("validation",), "hub": ("validation",)},
@@ -296,6 +314,7 @@ _ALL = (
         10,
         "github.com/zalandoresearch/fashion-mnist",
         "MIT",
+        num_test=10_000,
         tfds="fashion_mnist",
         hub="zalando-datasets/fashion_mnist",
         readable={"T-shirt/top": "T-shirt or top", "T - shirt / top": "T-shirt or top"},
@@ -305,6 +324,7 @@ _ALL = (
         "rendered-sst2",
         2,
         "github.com/openai/CLIP/blob/main/data/rendered-sst2.md",
+        num_test=1_821,
         hub="nateraw/rendered-sst2",
         readable={"negative": "negative", "positive": "positive", "0": "negative", "1": "positive"},
         templates=("a {} review of a film, as a picture of its text.",),
@@ -314,6 +334,7 @@ _ALL = (
         10,
         "github.com/rois-codh/kmnist",
         "CC BY-SA 4.0",
+        num_test=10_000,
         tfds="kmnist",
         hub="tanganke/kmnist",
         templates=_LETTER,

@@ -16,17 +16,20 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task in memory.
+    """A task in memory: inputs to classify, to give a number to, or to choose an answer to.
 
     Attributes:
       name: the task's name.
-      classes: the name of each class; label i means classes[i].
+      classes: the name of each class; label i means classes[i]. () where there are no classes.
       splits: "train", "val" and "test" -> arrays with the example as leading axis: "image" uint8
         [n, H, W, 3] (or `images.Images`, decoded when they are read), or "input_ids" and
-        "attention_mask" int32 [n, L]; and "label" int32 [n].
+        "attention_mask" int32 [n, L]; and "label" int32 [n]. A regression has "label" float32 [n].
+        Questions have their answers besides, "choice_ids" and "choice_mask" int32 [n, C, T], as
+        `models.score_choices` reads them; their label is the right one.
       source: where the data come from.
       licence: the licence under which they come.
       templates: prompts with "{}" for a class, for zero-shot heads; () if it has none of its own.
+      metric: what measures it, a name in `metrics.METRICS`.
     """
 
     name: str
@@ -35,11 +38,19 @@ class Task:
     source: str
     licence: str
     templates: tuple[str, ...] = ()
+    metric: str = "accuracy"
 
     @property
     def num_classes(self) -> int:
         """The number of classes."""
         return len(self.classes)
+
+    @property
+    def num_outputs(self) -> int:
+        """The outputs of its head: one a class; 1 for a regression; 0 for questions, which need no head."""
+        if self.classes:
+            return self.num_classes
+        return int(all("choice_ids" not in split for split in self.splits.values()))
 
 
 class Examples(NamedTuple):

@@ -38,7 +38,8 @@ def accuracy_bars(
 
     Args:
       tasks: names of the tasks, top to bottom; not empty.
-      series: label -> task -> accuracy in [0, 1]. A missing task, None or NaN leaves its bar out.
+      series: label -> task -> accuracy in [0, 1], or a correlation in [-1, 1]. A missing task, None or NaN
+        leaves its bar out.
       references: labels of `series` that are drawn as a mark across the whole group (first: solid,
         next: dotted) rather than as a bar.
       title: the accessible name of the figure.
@@ -48,7 +49,7 @@ def accuracy_bars(
 
     Raises:
       ValueError: if `tasks` or `series` is empty, `references` names no series, or an accuracy is
-        outside [0, 1].
+        outside [-1, 1].
     """
     problems = [
         f"references: {r!r} is none of {sorted(series)}" for r in references if r not in series
@@ -58,9 +59,9 @@ def accuracy_bars(
     values = {label: [finite(of.get(task)) for task in tasks] for label, of in series.items()}
     for label, numbers in values.items():
         problems += [
-            f"series[{label!r}][{task!r}] = {x}, expected an accuracy in [0, 1]"
+            f"series[{label!r}][{task!r}] = {x}, expected an accuracy in [-1, 1]"
             for task, x in zip(tasks, numbers, strict=True)
-            if x is not None and not 0 <= x <= 1
+            if x is not None and not -1 <= x <= 1
         ]
     raise_all(problems)
     bars = [label for label in series if label not in references]
@@ -92,7 +93,8 @@ def accuracy_bars(
         )
         ax.set_ylim(len(tasks) * (group + gap) - gap / 2, -gap / 2)
         percent_axis(ax.xaxis)
-        ax.set_xlim(0, 1)
+        least = min((x for numbers in values.values() for x in numbers if x is not None), default=0)
+        ax.set_xlim(min(0, math.floor(5 * least) / 5), 1)
         ax.set_xlabel("accuracy")
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)

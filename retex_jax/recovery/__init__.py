@@ -17,10 +17,18 @@ import numpy as np
 
 from retex_jax import data, models
 from retex_jax.identifier import IDENTIFIERS
+from retex_jax.recovery.answers import (
+    CHOICES,
+    choice_logits,
+    has_choices,
+    run_choices,
+    run_choices_grouped,
+)
 from retex_jax.recovery.modes import MODES, Mode, Recoverer
 from retex_jax.typing import Array, Params
 
 __all__ = [
+    "CHOICES",
     "MODES",
     "Examples",
     "Head",
@@ -28,9 +36,14 @@ __all__ = [
     "Mode",
     "Recoverer",
     "apply_head",
+    "choice_logits",
+    "has_choices",
     "identify",
     "logits",
+    "outputs",
     "run",
+    "run_choices",
+    "run_choices_grouped",
     "run_grouped",
     "run_layers",
     "task_scores",
@@ -38,7 +51,7 @@ __all__ = [
 
 Examples = Mapping[str, np.ndarray]
 Head = Mapping[str, Any]
-"""A task's own classifier, never merged.
+"""A task's own classifier, never merged; empty for a task of questions, whose answers are scored.
 
 Linear: "kernel" [d, num_classes] and, with some, "bias" [num_classes]. A zero-shot head has a
 "projection" besides (a kernel; its output is L2-normalised). The heads of BERT and RoBERTa have a layer
@@ -151,6 +164,26 @@ def _affine(layer: Mapping[str, Array], x: jax.Array) -> jax.Array:
 def logits(head: Head, features: Array) -> np.ndarray:
     """`apply_head` on the host: [n, num_classes], float32."""
     return np.asarray(apply_head(head, features))
+
+
+def outputs(
+    model: Any, params: Params, head: Head, examples: Examples, batch_size: int
+) -> np.ndarray:
+    """What a task is measured by: its head's outputs, or the scores of the answers to its questions.
+
+    Args:
+      model: Linen module.
+      params: its parameters.
+      head: the task's; not read for questions.
+      examples: arrays [n, ...].
+      batch_size: B.
+
+    Returns:
+      [n, C], float32.
+    """
+    if has_choices(examples):
+        return run_choices(model, params, examples, batch_size)
+    return logits(head, run(model, params, examples, batch_size))
 
 
 def task_scores(

@@ -53,6 +53,8 @@ def problems(settings: experiment.Settings) -> list[str]:
             found.append(
                 f"unseen.splits: got {split!r}, expected different names, not all, of {tasks}"
             )
+    if unfit := [name for name in tasks if name in data.WITHOUT_CLASSES]:
+        found.append(f"tasks: {unfit} have no classes, expected tasks of classification")
     temperatures = spec["temperatures"]
     if not temperatures or not all(0 < value < float("inf") for value in temperatures):
         found.append(

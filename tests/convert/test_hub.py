@@ -127,12 +127,45 @@ def test_the_hub_is_missing(no_hub, tmp_path):
         hub.header("o/n")
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c", "../a", "a/..", "/absent", "a b", "--help", "a/.b"])
+def test_folder_of_a_repository_that_holds_several_models(tmp_path, monkeypatch):
+    fake = FakeHub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    root = tmp_path / "root"
+    with pytest.raises(FileNotFoundError) as error:
+        hub.find("owner/name/cola/lr1", root)
+    command = f"hf download owner/name --include 'cola/lr1/*' --local-dir {root}/owner/name"
+    assert command in str(error.value)
+    name, _, arguments = fake.calls[0]
+    assert name == "owner/name" and "cola/lr1/config.json" in arguments["allow_patterns"]
+    assert all(pattern.startswith("cola/lr1/") for pattern in arguments["allow_patterns"])
+    fake.remote = tmp_path / "remote"
+    write_single(tmp_path / "remote/cola/lr1")
+    assert hub.find("owner/name/cola/lr1", root) == tmp_path / "remote/cola/lr1"
+    beside = write_single(root / "name/cola/lr1")
+    assert hub.find("owner/name/cola/lr1", root) == beside
+    local = write_single(root / "owner/name/cola/lr1")
+    assert hub.find("owner/name/cola/lr1", root) == local
+
+
+def test_pickles_are_to_be_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub())
+    folder = tmp_path / "owner/name"
+    folder.mkdir(parents=True)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+        hub.find("owner/name", tmp_path, offline=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a//c", "a/b/../c", "../a", "a/..", "/absent", "a b", "--help", "a/.b", "a/b/"]
+)
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match="expected a folder or OWNER/NAME"):
         hub.find(name if name else "\n")
     with pytest.raises(ValueError, match="expected a folder or OWNER/NAME"):
         hub.header(name)
+    with pytest.raises(ValueError, match="expected a folder or OWNER/NAME"):
+        hub.header("a/b/c")
 
 
 class Info(types.SimpleNamespace):

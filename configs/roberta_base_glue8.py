@@ -1,0 +1,42 @@
+"""RoBERTa-base and the eight tasks of GLUE, from the public checkpoints that the papers' tables rest on.
+
+    python -m retex_jax.train --config=configs/roberta_base_glue8.py
+
+Needs `pip install 'retex_jax[hub,language]'`. checkpoints/ holds roberta-base and the experts, datasets/ holds GLUE;
+--dry_run names what is missing, with the command that gets each. The experts' repository holds pickles:
+--dry_run says of each that it is to be written as safetensors. Hardware: not run here, as there is no network; 124M
+parameters a model, so 5 GB of host memory hold all of them, and one GPU evaluates them. Test inputs are GLUE's whole
+validation sets (60 thousand), cut to 128 tokens as in the code that trained the experts (MergeLM).
+
+Expected, ReTeX (arXiv:2606.26902), Table 3, with the task known: individual experts CoLA .6018, SST-2 .9404, MRPC
+.8922, STS-B .9063, QQP .9141, MNLI .8720, QNLI .9271, RTE .7906, mean .8556 (the same in DTS, Table 2); Task Arithmetic
+.6665, TIES .6404, EMR .8018, ReTeX .8453. With the task unknown: Weight Averaging .5134, ReTeX .8145. The rank of that
+table is not stated; 256 is the paper's default. Matthews correlation for CoLA, the mean of Pearson's and Spearman's for
+STS-B, accuracy for the rest.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# The learning rate is part of the folder's name.
+_RATES = {"mrpc": "5e-05"}
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = common.get_config()
+    config.name = "roberta_base_glue8"
+    config.model.name = "huggingface"
+    config.model.max_length = 128
+    config.tasks = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+    config.data.max_test = None
+    config.data_sets.root = "datasets"
+    config.experts.root = "checkpoints"
+    config.experts.pretrained = "FacebookAI/roberta-base"
+    config.experts.repositories = tuple(
+        f"vanillaOVO/roberta_base_glue_ckpts/{task}/roberta-base_lr{_RATES.get(task, '1e-05')}"
+        for task in config.tasks
+    )
+    config.offsets.rank = 256
+    return config
