@@ -5,7 +5,7 @@
 Load, preflight, merge, fit offsets, fit identifier, evaluate, write. Experts that the experiment lacks are fine-tuned
 first and cached. The workdir (workdirs/NAME by default) receives results.json, report.html, artifact.safetensors with
 manifest.json, and metrics.jsonl. The same command resumes an interrupted run. --dry_run only checks, downloads nothing,
-and exits with 1 if something is missing.
+says what the run takes (see `retex_jax.estimate`), and exits with 1 if something is missing.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from retex_jax import (
     checkpoint,
     collection,
     command_line,
+    estimate,
     evaluate,
     experiment,
     identification,
@@ -270,10 +271,15 @@ def tell(workdir: Path, results: Mapping[str, Any]) -> None:
 
 
 def dry_run(settings: experiment.Settings) -> None:
-    """Checks an experiment without downloading or computing anything; exits with 1 if it cannot run."""
+    """Checks an experiment without downloading or running anything, and says what it takes.
+
+    Exits with 1 if it cannot run.
+    """
     problems = preflight.missing(settings)
     for line in problems or ["everything that this experiment needs is here"]:
         print(line)
+    if not preflight.lacking(settings):
+        print("\n".join(estimate.lines(settings)))
     sys.exit(1 if problems else 0)
 
 

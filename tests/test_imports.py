@@ -50,6 +50,7 @@ PROGRAMS = {
     "collection",
     "command_line",
     "compare",
+    "estimate",
     "evaluate",
     "experiment",
     "export",

@@ -291,6 +291,8 @@ def test_dry_run_names_all_that_is_missing(name, tmp_path, capsys):
         train.dry_run(command_line.as_dict(config))
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
+    for what in ("model: ", "disk: ", "memory: about ", "time: "):
+        assert f"\n{what}" in printed
     for task in config.tasks:
         assert f"  tasks: {task}: no " in printed
     assert str(tmp_path / "datasets") in printed

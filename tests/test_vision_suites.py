@@ -33,7 +33,9 @@ WORDS = {name: f"class {i}" for i, name in enumerate(CLASSES)}  # of the tiny to
 
 
 @pytest.mark.parametrize(("short", "backbone", "count"), SUITES)
-def test_every_suite_names_all_that_it_misses(tmp_path, monkeypatch, short, backbone, count):
+def test_every_suite_names_all_that_it_misses(
+    tmp_path, monkeypatch, capsys, short, backbone, count
+):
     monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     module = importlib.import_module(f"configs.vit_{short}_{count}")
@@ -55,6 +57,9 @@ def test_every_suite_names_all_that_it_misses(tmp_path, monkeypatch, short, back
     with pytest.raises(SystemExit) as stopped:
         train.dry_run(command_line.as_dict(config))
     assert stopped.value.code == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:-4] == lines
+    assert [line.split(":")[0] for line in printed[-4:]] == ["model", "disk", "memory", "time"]
 
 
 def small_config(root, names=NAMES):
