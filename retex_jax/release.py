@@ -84,11 +84,6 @@ def load(directory: str | os.PathLike[str]) -> Release:
     expected = {"layout", "tasks", "forms", "identifier", "report"}
     if missing := expected - set(metadata):
         raise ValueError(f"{directory}: the manifest lacks {sorted(missing)}: not a release")
-    folders = {name.split("/")[0] for name in tensors}
-    headless = metadata.get("headless", [])
-    expected_parts = _PARTS if set(metadata["tasks"]) == set(headless) else {*_PARTS, "heads"}
-    if missing := expected_parts - folders:
-        raise ValueError(f"{directory}: the tensors lack {sorted(missing)}: not a release")
     try:
         released = _assemble(tensors, metadata)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -98,6 +93,10 @@ def load(directory: str | os.PathLike[str]) -> Release:
 
 
 def _assemble(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Release:
+    headless = set(metadata.get("headless", []))
+    expected = _PARTS if set(metadata["tasks"]) == headless else {*_PARTS, "heads"}
+    if missing := expected - {name.split("/")[0] for name in tensors}:
+        raise ValueError(f"the tensors lack {sorted(missing)}")
     parts: Mapping[str, Any] = tree.unflatten({name: jnp.asarray(x) for name, x in tensors.items()})
     report = metadata["report"]
     optima = {name: np.nan if x is None else x for name, x in report["optima"].items()}
