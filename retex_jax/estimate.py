@@ -2,7 +2,7 @@
 
 Nothing is read, and no model is allocated. A forward pass is counted as its matrix products: two operations a weight
 and token, and the products of attention. Texts count at their full length. Time is what these take at the rate of a
-matrix product, which is timed; so reading, decoding, solving and writing come on top. The memory is that of one device,
+matrix product, which is timed; reading, decoding, solving and writing come on top. The memory is that of one device,
 as the programs put a model on one.
 """
 
@@ -106,15 +106,17 @@ def lines(settings: Settings) -> list[str]:
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     has = f", which has {_bytes(limit)}" if limit else ""
-    rate = matmul_rate(next(iter(_leaves(build_model(settings)).values())).dtype)
+    model = build_model(settings)
+    rate = matmul_rate(next(iter(_leaves(model).values())).dtype)
+    length = "" if "image" in model.example_batch() else ", texts at full length"
     without = f", without {', '.join(found.unsized)}" if found.unsized else ""
     return [
         f"model: {found.num_params:,} parameters, {_bytes(found.model_bytes)}",
         f"disk: {_bytes(found.expert_bytes)} of pretrained model and experts, "
         f"{_bytes(found.artifact_bytes)} of the released artefact",
         f"memory: about {_bytes(found.device_bytes)} on one device ({device.device_kind}{has})",
-        f"time: {_duration(found.flops / rate)} at least for {found.flops:.1e} operations of the model{without}, "
-        f"at {rate:.1e} a second as measured here",
+        f"time: {_duration(found.flops / rate)} for {found.flops:.1e} operations of the model{length}{without}, "
+        f"at {rate:.1e} a second as measured here; reading, decoding and solving come on top",
     ]
 
 

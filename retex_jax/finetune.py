@@ -29,6 +29,7 @@ from retex_jax import (
     data,
     experiment,
     files,
+    finetune_clip,
     logging,
     metrics,
     preflight,
@@ -343,6 +344,9 @@ def _check_set(directory: Path, checkpoint_set: str) -> None:
 def main() -> None:
     """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
     settings = command_line.as_dict(_CONFIG.value)
+    if "task" in settings:
+        logging.info(f"the expert lies in {finetune_clip.run(settings)}")
+        return
     preflight.check(settings, evaluates=False)
     experiment.start()
     experiment.fetch(settings, announce=logging.info)

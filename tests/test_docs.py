@@ -137,8 +137,12 @@ def flags_of(file):
     return found
 
 
-def is_entry(path):
-    node = common.get_config()
+def is_entry(path, file):
+    """Whether an experiment file has an entry."""
+    name = (
+        file.removesuffix(".py").replace("/", ".") if (ROOT / file).is_file() else common.__name__
+    )
+    node = importlib.import_module(name).get_config()
     for part in path.split("."):
         if part not in node:
             return False
@@ -167,6 +171,7 @@ def command_problems(words):
     if not file.is_file():
         return [str(file.relative_to(ROOT))]
     known, problems = flags_of(file), []
+    given = next((word for word in rest if word.startswith("--config=")), "").partition("=")[2]
     for word in rest:
         if not word.startswith("--"):
             continue
@@ -175,7 +180,7 @@ def command_problems(words):
             problems += [] if "config" in known and (ROOT / value).is_file() else [word]
         elif flag.startswith("config."):
             entry = flag.removeprefix("config.")
-            problems += [] if "config" in known and is_entry(entry) else [word]
+            problems += [] if "config" in known and is_entry(entry, given) else [word]
             if entry == "methods" and value != "all":
                 problems += [one for one in value.split(",") if one not in METHODS]
         elif flag not in known:

@@ -55,6 +55,7 @@ PROGRAMS = {
     "experiment",
     "export",
     "finetune",
+    "finetune_clip",
     "identification",
     "identify",
     "preflight",
