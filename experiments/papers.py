@@ -110,36 +110,86 @@ def load(suite: str) -> ConfigDict:
     return importlib.import_module(f"configs.{suite}").get_config()
 
 
+def growth(
+    script: str,
+    rows: Callable[[ConfigDict], Rows],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a figure of rows against the number of tasks: the first 2, 4, 8, ... of the suite, and all.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: experiment to its rows.
+      arguments: instead of those of the command line.
+    """
+    args, started = _parse(_docstring(script), arguments), time.perf_counter()
+    tasks = load(args.suite).tasks
+    found, results = [], []
+    for count in sorted({*(2**n for n in range(1, 12) if 2**n < len(tasks)), len(tasks)}):
+        config = load(args.suite)
+        config.tasks = tasks[:count]
+        planned = [(label, count, entry) for label, entry in rows(config).items()]
+        part = "" if count == len(tasks) else f"first_{count}"
+        points, result = _compared(config, planned, args, part)
+        found += points
+        results.append(result)
+    order = list(dict.fromkeys(label for label, _, _ in found))
+    found.sort(key=lambda point: order.index(point[0]))
+    _write(script, found, "num_tasks", results[-1], args, started)
+
+
 def _make(
     script: str,
     curves: Callable[[ConfigDict], Curves],
     x: str | None,
     arguments: Sequence[str] | None,
 ) -> None:
-    shows = _docstring(script)
-    args = _parse(shows, arguments)
-    started = time.perf_counter()
+    args, started = _parse(_docstring(script), arguments), time.perf_counter()
     config = load(args.suite)
     planned = [
-        (label, at, _configured(entry, config))
+        (label, at, entry)
         for label, points in curves(config).items()
         for at, entry in points.items()
     ]
+    found, results = _compared(config, planned, args)
+    _write(script, found, x, results, args, started)
+
+
+def _compared(
+    config: ConfigDict,
+    planned: Sequence[tuple[str, float, Entry]],
+    args: argparse.Namespace,
+    part: str = "",
+) -> tuple[Points, Mapping[str, Any]]:
+    """The rows of what is planned, of experts of all seeds, and the content of results.json."""
     config.expert_seeds = tuple(args.seeds)
-    entries = {entry.name: entry for _, _, entry in planned}
-    workdir = args.workdir / f"{args.suite}_papers"
+    chosen = [(label, at, _configured(entry, config)) for label, at, entry in planned]
+    entries = {entry.name: entry for _, _, entry in chosen}
+    workdir = args.workdir / f"{args.suite}_papers" / part
     results = compare.compare(config, workdir, list(entries.values()))
+    if results["failed"]:
+        sys.exit(f"failed: {results['failed']}")
     rows = {row["entry"]: row for row in results["rows"]}
-    found = [(label, at, rows[entry.name]) for label, at, entry in planned if entry.name in rows]
+    return [(label, at, rows[entry.name]) for label, at, entry in chosen], results
+
+
+def _write(
+    script: str,
+    found: Points,
+    x: str | None,
+    results: Mapping[str, Any],
+    args: argparse.Namespace,
+    started: float,
+) -> None:
+    """Writes the CSV file and the picture, and lists the run."""
     folder, name = args.out / args.suite, Path(script).stem
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / f"{name}.csv", found, x, results)
     (folder / f"{name}.svg").write_text(f"{_draw(found, x, name)}\n", encoding="utf-8")
     print(f"wrote {folder / name}.csv and .svg")
     if args.out == RESULTS:
-        _list(name, shows.splitlines()[0], args.suite, time.perf_counter() - started)
-    if results["failed"]:
-        sys.exit(f"failed: {results['failed']}")
+        shows = _docstring(script).splitlines()[0]
+        _list(name, shows, args.suite, time.perf_counter() - started)
 
 
 def _docstring(script: str) -> str:
@@ -190,8 +240,9 @@ def _write_csv(path: Path, found: Points, x: str | None, results: Mapping[str, A
 
 
 def _scores(accuracy: Mapping[str, float], tasks: Sequence[str]) -> list[str]:
-    values = [accuracy[task] for task in tasks]
-    return [_number(value) for value in (*values, sum(values) / len(values))]
+    values = [accuracy[task] for task in tasks if task in accuracy]
+    mean = sum(values) / len(values)
+    return [*(_number(accuracy.get(task)) for task in tasks), _number(mean)]
 
 
 def _number(value: Any) -> str:

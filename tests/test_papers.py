@@ -99,6 +99,24 @@ def test_a_table_and_a_figure(tmp_path_factory, tmp_path, monkeypatch, capsys):
     assert "kept" in capsys.readouterr().err
 
 
+def test_growth_takes_the_first_tasks(tmp_path_factory, tmp_path, monkeypatch):
+    trained = tiny.trained(tmp_path_factory)
+
+    def growth(path, out):
+        papers.growth(path, lambda _: {"TIES": papers.TIES}, [*out, "--seeds", "0"])
+
+    found, _ = run("retex_table_2.py", growth, trained.cache, tmp_path, monkeypatch)
+    assert [(row["row"], row["num_tasks"]) for row in found] == [
+        ("Individual", ""),
+        ("TIES", "2"),
+        ("TIES", "3"),
+    ]
+    assert [bool(found[1][task]) for task in tiny.NAMES] == [True, True, False]
+    assert float(found[1]["mean"]) == pytest.approx(
+        sum(float(found[1][task]) for task in tiny.NAMES[:2]) / 2, abs=1e-5
+    )
+
+
 def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
     index = tmp_path / "README.md"
     index.write_text((EXPERIMENTS / "README.md").read_text())
