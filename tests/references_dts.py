@@ -32,8 +32,8 @@ def svd(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return left, values, right
 
 
-def grouped(values: np.ndarray, scale: str) -> np.ndarray:
-    """Every value replaced by the sign and the magnitude of its group, one set of four groups."""
+def grouped(values: np.ndarray, scale: str, levels: int = 2) -> np.ndarray:
+    """Every value replaced by the sign and the magnitude of its group, one set of two groups a level."""
     flat = [float(value) for value in np.ravel(values)]
     medians = {}
     for sign in (1, -1):
@@ -48,28 +48,35 @@ def grouped(values: np.ndarray, scale: str) -> np.ndarray:
     members: dict[tuple[int, bool], list[int]] = {}
     for index, value in enumerate(flat):
         sign = 1 if value > 0 else -1  # a zero is a small negative
-        members.setdefault((sign, abs(value) > medians[sign]), []).append(index)
+        is_large = levels == 2 and abs(value) > medians[sign]
+        members.setdefault((sign, is_large), []).append(index)
     result = np.zeros(len(flat))
     for (sign, _), indices in members.items():
         group = np.array([flat[index] for index in indices])
         if scale == "rms":
             magnitude = np.linalg.norm(group) / np.sqrt(len(group))
+        elif scale == "none":
+            magnitude = 1.0 if any(group) else 0.0
         else:
             magnitude = np.sum(np.abs(group)) / len(group)
         result[indices] = sign * magnitude
     return result.reshape(np.shape(values))
 
 
-def dts_matrix(matrix: np.ndarray, rank: int, scale: str, grouping: str) -> np.ndarray:
+def dts_matrix(
+    matrix: np.ndarray, rank: int, scale: str, grouping: str, levels: int = 2
+) -> np.ndarray:
     """U^ Sigma V^."""
     left, values, right = svd(matrix, rank)
     if not len(values):
         return np.zeros(matrix.shape)
     if grouping == "matrix":
-        return grouped(left, scale) @ np.diag(values) @ grouped(right, scale)
+        return grouped(left, scale, levels) @ np.diag(values) @ grouped(right, scale, levels)
     total = np.zeros(matrix.shape)
     for pair, value in enumerate(values):
-        total += value * np.outer(grouped(left[:, pair], scale), grouped(right[pair], scale))
+        total += value * np.outer(
+            grouped(left[:, pair], scale, levels), grouped(right[pair], scale, levels)
+        )
     return total
 
 
@@ -80,6 +87,8 @@ def dts(
     scale: str = "rms",
     grouping: str = "matrix",
     matrices: dict = FLAX_MATRICES,
+    levels: int = 2,
+    decompose: bool = True,
 ) -> Flat:
     """One recovered expert; its buffers are the base's."""
     recovered = {}
@@ -89,12 +98,13 @@ def dts(
             continue
         start = start.astype(np.float64)
         offset = expert[name].astype(np.float64) - start
-        if name in matrices:
+        if name in matrices and decompose:
             matrix = as_matrix(offset, matrices[name])
-            approximation = dts_matrix(matrix, kept_rank(matrix.shape, ratio), scale, grouping)
+            rank = kept_rank(matrix.shape, ratio)
+            approximation = dts_matrix(matrix, rank, scale, grouping, levels)
             offset = as_leaf(approximation, matrices[name], start.shape)
-        elif offset.ndim == 1:
-            offset = grouped(offset, scale)
+        elif offset.ndim:
+            offset = grouped(offset, scale, levels)
         recovered[name] = start + offset
     return recovered
 

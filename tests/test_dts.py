@@ -125,6 +125,32 @@ def test_task_variant_equals_the_reference(model, ratio, grouping):
         assert_close(dts.recover(state, task), want)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
+@pytest.mark.parametrize("grouping", ["matrix", "vector"])
+@pytest.mark.parametrize(("scale", "levels"), [("rms", 1), ("mean", 1), ("none", 2), ("none", 1)])
+def test_ablations_of_thresholding_and_scaling_equal_the_reference(model, grouping, scale, levels):
+    pretrained, experts = model
+    options = {"scale": scale, "levels": levels, "grouping": grouping}
+    state = _fit(pretrained, experts, rank_ratio=0.3, **options)
+    for task, expert in enumerate(experts):
+        want = references_dts.dts(pretrained, expert, 0.3, **options)
+        assert_close(dts.recover(state, task), want)
+    both = _fit(pretrained, experts, rank_ratio=0.3, grouping=grouping)
+    if levels == 1:  # a bit plane less
+        assert dts.extra_bytes(state) < dts.extra_bytes(both)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_without_decomposition_equals_the_reference(model, levels):
+    pretrained, experts = model
+    state = _fit(pretrained, experts, decompose=False, levels=levels)
+    assert not state.singular_values
+    for task, expert in enumerate(experts):
+        want = references_dts.dts(pretrained, expert, 1.0, levels=levels, decompose=False)
+        assert_close(dts.recover(state, task), want)
+
+
 def test_defaults_are_those_of_the_paper():
     pretrained, experts = references.flax_model(2)
     found = dts.recover(_fit(pretrained, experts), 1)
@@ -423,6 +449,8 @@ def test_sharded_equals_one_device(place_on_8_devices):
         ({"variant": "t"}, "variant: got 't', expected 'task' or 'difference'"),
         ({"base": "ties"}, "base: got 'ties', expected none for variant 'task'"),
         ({"scale": "max", "grouping": "row"}, r"(?s)scale: got 'max'.*grouping: got 'row'"),
+        ({"levels": 3, "scale": "max"}, "(?s)scale: got 'max'.*levels: got 3, expected 1 or 2"),
+        ({"decompose": False, "amr": 0.1}, "amr: got 0.1, expected none without decomposition"),
         ({"variant": "difference", "base": "tise"}, "base: got 'tise', .*did you mean 'ties'"),
         ({"base_options": {"density": 1.0}}, "base_options: got"),
         ({"rank_ratio": 0.0}, "rank_ratio: got 0.0"),

@@ -29,8 +29,9 @@ shapes, dtypes and integer buffers: give any of the experts in its place.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -41,7 +42,14 @@ from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets.state import LeafPlan
 from retex_jax.personalized import changes, low_rank
-from retex_jax.personalized.thresholding import Groups, Scale, pack, restore, threshold
+from retex_jax.personalized.thresholding import (
+    Groups,
+    Levels,
+    Scale,
+    pack,
+    restore,
+    threshold,
+)
 from retex_jax.typing import Array, FlatParams, Layout, Params, ProgressFn
 
 Variant = Literal["task", "difference"]
@@ -61,7 +69,7 @@ class DtsState:
       left: U^T [k, a] of every matrix leaf, grouped.
       right: V^T [k, b] of every matrix leaf, grouped.
       singular_values: by matrix leaf, [T, k], float32.
-      vectors: leaves of one axis, grouped.
+      vectors: leaves of one axis, grouped; without decomposition all leaves.
       scalars: differences of leaves of no axes, [T], float32.
       layout: which axis of a kernel is the output.
     """
@@ -92,7 +100,9 @@ def fit(
     bytes_per_task: float | None = None,
     amr: float | None = None,
     scale: Scale = "rms",
+    levels: Levels = 2,
     grouping: Grouping = "matrix",
+    decompose: bool = True,
     group_bytes: int = 1 << 28,
     progress: ProgressFn | None = None,
 ) -> DtsState:
@@ -110,7 +120,10 @@ def fit(
       bytes_per_task: DTS*: takes the largest r that stores no more bytes a task than this.
       amr: DTS*: the same, as a fraction of the model's bytes; the paper's is 0.01.
       scale: see `thresholding.threshold`.
+      levels: see `thresholding.threshold`.
       grouping: four groups in each whole U and V ("matrix"), or in each of their vectors ("vector").
+      decompose: whether matrices are decomposed; without, their values are thresholded as those of leaves of one
+        axis, which takes no size (table 11).
       group_bytes: see `low_rank.decompose`.
       progress: see `low_rank.decompose`.
 
@@ -122,17 +135,25 @@ def fit(
         is unknown or does not go with the variant.
     """
     low_rank.check_sizes(rank_ratio=rank_ratio, bytes_per_task=bytes_per_task, amr=amr)
-    _check_options(variant, base, scale, grouping)
+    sizes = {"rank_ratio": rank_ratio, "bytes_per_task": bytes_per_task, "amr": amr}
+    _check_options(variant, base, scale, levels, grouping, {} if decompose else sizes)
     budget = low_rank.byte_budget(experts, bytes_per_task, amr)
     if budget is not None:
         rank_ratio = _budget_ratio(experts, budget, grouping)
     ratio = DEFAULT_RANK_RATIO if rank_ratio is None else rank_ratio
     plans = low_rank.matrix_plans(experts, lambda shape: low_rank.leaf_rank(shape, ratio))
+    plans = plans if decompose else {}
     name_of_base = (base or "ties") if variant == "difference" else None
     merged = low_rank.base_model(experts, name_of_base, base_options, key)
     flat = tree.flatten(merged)
     left, right, values = _fit_matrices(
-        experts, flat, plans, scale, grouping, group_bytes, progress
+        experts,
+        flat,
+        plans,
+        partial(threshold, scale=scale, levels=levels),
+        grouping,
+        group_bytes,
+        progress,
     )
     vectors, scalars = {}, {}
     for name in experts.float_leaves:
@@ -141,21 +162,35 @@ def fit(
                 low_rank.difference(experts, flat, name, task) for task in range(experts.num_tasks)
             ]
             if differences[0].ndim:
-                vectors[name] = _stack([pack(*threshold(d[None], scale)) for d in differences])
+                rows = (difference.reshape(1, -1) for difference in differences)
+                vectors[name] = _stack([pack(*threshold(row, scale, levels)) for row in rows])
             else:
                 scalars[name] = jnp.asarray(np.stack(differences), jnp.float32)
     return DtsState(merged, left, right, values, vectors, scalars, experts.layout)
 
 
-def _check_options(variant: str, base: str | None, scale: str, grouping: str) -> None:
+def _check_options(
+    variant: str,
+    base: str | None,
+    scale: str,
+    levels: int,
+    grouping: str,
+    sizes: Mapping[str, float | None],
+) -> None:
     problems = [
         f"{name}: got {value!r}, expected {' or '.join(map(repr, known))}"
         for name, value, known in (
             ("variant", variant, ("task", "difference")),
-            ("scale", scale, ("rms", "mean")),
+            ("scale", scale, ("rms", "mean", "none")),
+            ("levels", levels, (1, 2)),
             ("grouping", grouping, ("matrix", "vector")),
         )
         if value not in known
+    ]
+    problems += [
+        f"{name}: got {size!r}, expected none without decomposition"
+        for name, size in sizes.items()
+        if size is not None
     ]
     if variant == "task" and base is not None:
         problems.append(
@@ -187,7 +222,7 @@ def _fit_matrices(
     experts: ExpertSet,
     base: FlatParams,
     plans: Mapping[str, LeafPlan],
-    scale: Scale,
+    thresholded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     grouping: Grouping,
     group_bytes: int,
     progress: ProgressFn | None,
@@ -196,7 +231,7 @@ def _fit_matrices(
     for name, part in low_rank.decompose(experts, base, plans, group_bytes, progress):
         rank = int(np.count_nonzero(part.values))
         left, right = (
-            _group_factor(factor, rank, scale, grouping) for factor in (part.left, part.right)
+            _group_factor(factor, rank, thresholded, grouping) for factor in (part.left, part.right)
         )
         parts[name].append((left, right, jnp.asarray(part.values, jnp.float32)))
     left, right, values = {}, {}, {}
@@ -209,12 +244,17 @@ def _stack(tasks: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
 
 
-def _group_factor(factor: np.ndarray, rank: int, scale: Scale, grouping: Grouping) -> Groups:
+def _group_factor(
+    factor: np.ndarray,
+    rank: int,
+    thresholded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    grouping: Grouping,
+) -> Groups:
     """Groups the first `rank` rows of [k, n]; the others, of singular value 0, hold no group."""
     used = factor[:rank] if grouping == "vector" else factor[:rank].reshape(1, -1)
-    bits, magnitudes = threshold(used, scale)
-    all_bits = np.zeros((2, *factor.shape), bool)
-    all_bits[:, :rank] = bits.reshape(2, rank, factor.shape[1])
+    bits, magnitudes = thresholded(used)
+    all_bits = np.zeros((len(bits), *factor.shape), bool)
+    all_bits[:, :rank] = bits.reshape(len(bits), rank, factor.shape[1])
     rows = len(factor) if grouping == "vector" else 1
     return pack(all_bits, np.pad(magnitudes, ((0, rows - len(magnitudes)), (0, 0))))
 
@@ -246,7 +286,7 @@ def paper_amr(state: DtsState, bits_per_element: int = 3) -> float:
         if name in state.scalars:
             singles += 1
         elif name in state.vectors:
-            elements += leaf.shape[0]
+            elements += math.prod(leaf.shape)
             singles += state.vectors[name].magnitudes[0].size
         else:
             rank = state.singular_values[name].shape[1]
@@ -295,7 +335,8 @@ def _restored(
     if name in state.scalars:
         return jnp.asarray(state.scalars[name])[task]
     if name in state.vectors:
-        return _restore_vector(state.vectors[name], task, size=shape[0])[0]
+        size = math.prod(shape)
+        return _restore_vector(state.vectors[name], task, size=size)[0].reshape(shape)
     view, _ = _matrix(state, name, shape)
     values = jnp.asarray(state.singular_values[name])
     return _product(state.left[name], values, state.right[name], task, view, shape)

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Scale = Literal["rms", "mean"]
+Scale = Literal["rms", "mean", "none"]
+Levels = Literal[1, 2]
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +39,7 @@ class Groups:
 
     Attributes:
       planes: two bit planes of the flattened rows (positive; large), packed along the last axis,
-        [T, 2, ceil(rows * n / 8)], uint8.
+        [T, 2, ceil(rows * n / 8)], uint8; of one level only the first, [T, 1, ...].
       magnitudes: >= 0, [T, rows, 4], float32; group = 2 * positive + large.
     """
 
@@ -46,16 +47,20 @@ class Groups:
     magnitudes: jax.Array
 
 
-def threshold(values: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
+def threshold(
+    values: np.ndarray, scale: Scale, levels: Levels = 2
+) -> tuple[np.ndarray, np.ndarray]:
     """Groups the values of each row (Eqs. 3, 4, 10 and 11) and measures each group (Eqs. 6 and 12).
 
     Args:
       values: [rows, n], float64.
       scale: "rms", the paper's: norm of the group / square root of its size, which keeps the group's
-        norm; "mean": of the magnitudes, which is nearest to the values in the L2 norm.
+        norm; "mean": of the magnitudes, which is nearest to the values in the L2 norm; "none": 1, the paper's
+        ablation (table 12).
+      levels: magnitudes a sign: 2, or 1, which the paper calls binarisation (table 12).
 
     Returns:
-      Bits (positive; large), [2, rows, n], bool, and magnitudes, [rows, 4], float64; an empty group's is 0.
+      Bits (positive; large), [levels, rows, n], bool, and magnitudes, [rows, 4], float64; an empty group's is 0.
     """
     sizes = np.abs(values)
     positive = values > 0
@@ -65,18 +70,23 @@ def threshold(values: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]
         for sign, members in enumerate((~positive[row], positive[row])):
             part = row_sizes[members]
             signed = part[part > 0]
-            is_large = part > (np.median(signed) if signed.size else 0.0)
+            is_large = part > (np.median(signed) if signed.size and levels == 2 else np.inf)
             large[row, members] = is_large
             for size, group in enumerate((part[~is_large], part[is_large])):
                 if group.size:
-                    mean = np.mean(group**2) ** 0.5 if scale == "rms" else np.mean(group)
-                    magnitudes[row, 2 * sign + size] = mean
-    return np.stack([positive, large]), magnitudes
+                    magnitudes[row, 2 * sign + size] = _magnitude(group, scale)
+    return np.stack([positive, large][:levels]), magnitudes
+
+
+def _magnitude(group: np.ndarray, scale: Scale) -> float:
+    if scale == "none":
+        return float(group.any())
+    return float(np.mean(group**2) ** 0.5 if scale == "rms" else np.mean(group))
 
 
 def pack(bits: np.ndarray, magnitudes: np.ndarray) -> Groups:
-    """Packs the result of `threshold`: bits [2, rows, n] and magnitudes [rows, 4], of one task (no axis T)."""
-    flat = jnp.asarray(bits.reshape(2, -1))
+    """Packs the result of `threshold`: bits [levels, rows, n], magnitudes [rows, 4], of one task (no axis T)."""
+    flat = jnp.asarray(bits.reshape(len(bits), -1))
     return Groups(jnp.packbits(flat, axis=-1), jnp.asarray(magnitudes, jnp.float32))
 
 
@@ -94,7 +104,8 @@ def restore(groups: Groups, task: int | jax.Array, size: int) -> jax.Array:
     magnitudes = groups.magnitudes[task]
     rows = magnitudes.shape[0]
     bits = jnp.unpackbits(groups.planes[task], axis=-1, count=rows * size)
-    positive, large = bits.reshape(2, rows, size).astype(bool)
+    positive, *larger = bits.reshape(len(bits), rows, size).astype(bool)
+    large = larger[0] if larger else jnp.zeros_like(positive)
     negatives = -jnp.where(large, magnitudes[:, 1:2], magnitudes[:, 0:1])
     positives = jnp.where(large, magnitudes[:, 3:4], magnitudes[:, 2:3])
     return jnp.where(positive, positives, negatives)
