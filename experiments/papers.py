@@ -73,6 +73,7 @@ def table(
     script: str,
     rows: Callable[[ConfigDict], Rows],
     arguments: Sequence[str] | None = None,
+    tasks: Callable[[ConfigDict], Sequence[str]] = lambda config: config.tasks,
 ) -> None:
     """Makes a table: a CSV file with a line a row, and a picture of normalized accuracies.
 
@@ -80,12 +81,13 @@ def table(
       script: path of the script, whose docstring says what it shows.
       rows: experiment to its rows.
       arguments: instead of those of the command line.
+      tasks: experiment to those of its tasks that are merged.
     """
 
     def single(config: ConfigDict) -> Curves:
         return {label: {0.0: entry} for label, entry in rows(config).items()}
 
-    _make(script, single, None, arguments)
+    _make(script, single, None, arguments, tasks)
 
 
 def figure(
@@ -143,15 +145,19 @@ def _make(
     curves: Callable[[ConfigDict], Curves],
     x: str | None,
     arguments: Sequence[str] | None,
+    tasks: Callable[[ConfigDict], Sequence[str]] = lambda config: config.tasks,
 ) -> None:
     args, started = _parse(_docstring(script), arguments), time.perf_counter()
     config = load(args.suite)
+    chosen = tuple(tasks(config))
+    part = "" if chosen == tuple(config.tasks) else "_".join(chosen)
+    config.tasks = chosen
     planned = [
         (label, at, entry)
         for label, points in curves(config).items()
         for at, entry in points.items()
     ]
-    found, results = _compared(config, planned, args)
+    found, results = _compared(config, planned, args, part)
     _write(script, found, x, results, args, started)
 
 
@@ -197,7 +203,10 @@ def _docstring(script: str) -> str:
 
 
 def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    suites = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+    no_suites = ("common", "finetune_clip")
+    suites = sorted(
+        path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in no_suites
+    )
     parser = argparse.ArgumentParser(
         description=shows, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -91,6 +91,12 @@ def test_a_table_and_a_figure(tmp_path_factory, tmp_path, monkeypatch, capsys):
             path, lambda _: {"ReTeX": papers.retex(rank=8), "TIES": papers.TIES}, [*out, *seeds]
         )
 
+    def alike(path, out):
+        chosen = list(tiny.NAMES[1:])
+        papers.table(path, lambda _: {"TIES": papers.TIES}, [*out, *seeds], tasks=lambda _: chosen)
+
+    (own, rest), _ = run("dts_table_14.py", alike, trained.cache, tmp_path, monkeypatch)
+    assert [name in rest for name in tiny.NAMES] == [False, True, True]
     capsys.readouterr()
     rows, picture = run("retex_table_1.py", table, trained.cache, tmp_path, monkeypatch)
     assert [row["row"] for row in rows] == ["Individual", "ReTeX", "TIES"]
