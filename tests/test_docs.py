@@ -124,9 +124,11 @@ def commands(name):
 
 
 def flags_of(file):
-    """The flags that a program defines, whether by absl or by argparse."""
+    """The flags that a program defines, whether by absl or by argparse, or that a table of the papers takes."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import) and node.names[0].name == "papers":
+            found |= flags_of(ROOT / "experiments/papers.py")
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -205,6 +207,7 @@ def test_commands_exist(name):
         "python -m retex_jax.convert --chek a b",
         "python -m retex_jax.evaluate --config=configs/demo.py",
         "python experiments/none.py",
+        "python experiments/retex_table_1.py --suit=minilm_text8",
         "python experiments/scaling_num_tasks.py --tasks 3",
         "pip install -e '.[demos]'",
     ],
