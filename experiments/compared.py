@@ -61,3 +61,17 @@ IN_SHORT = (
     *("DTS-T, at most one percent", "DTS-D", "SVD", "T-Switch", "EMR", "TALL-mask"),
     *("Twin-Merging (routed)", "SMEAR, frozen experts (routed)"),
 )
+
+FRONTS = ("minilm_text8_pareto",)
+SIZES = (0.0015, 0.0025, 0.005, 0.01, 0.02, 0.04)
+
+# What is said of a method in several sizes, and its entries.
+FAMILIES = {
+    "ReTeX by budget": r"retex budget=.*",
+    "ReTeX": r"retex rank=\d+",
+    "ReTeX, longer side shared": r"retex rank=\d+, orientation=auto",
+    "ReTeX-E": r"retex form=factorized, .*",
+    "DTS-T": r"dts_t.*",
+    "T-Switch": r"t_switch.*",
+    "EMR": r"emr.*",
+}

@@ -107,6 +107,41 @@ def figure(
     _make(script, curves, x, arguments)
 
 
+def pairs(
+    script: str,
+    rows: Callable[[ConfigDict], Rows],
+    first: Callable[[ConfigDict], str],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a table of one task merged with each other one alone: its accuracy beside the best and the worst partner.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: experiment to its rows.
+      first: experiment to the task.
+      arguments: instead of those of the command line.
+    """
+    args, started = _parse(_docstring(script), arguments), time.perf_counter()
+    tasks, one = load(args.suite).tasks, first(load(args.suite))
+    found: dict[str, dict[str, float]] = {}
+    for other in tasks:
+        if other == one:
+            continue
+        config = load(args.suite)
+        config.tasks = (one, other)
+        planned = [(label, 0.0, entry) for label, entry in rows(config).items()]
+        points, results = _compared(config, planned, args, f"{one}_{other}")
+        for label, _, row in points:
+            found.setdefault(label, {})[other] = row["accuracy"][one]
+        own = results["individual"][one]
+    table = [["Individual", "", _number(own), "", ""]]
+    for label, by_other in found.items():
+        ends = [pick(by_other, key=by_other.__getitem__) for pick in (max, min)]
+        table.append([label, *(text for end in ends for text in (end, _number(by_other[end])))])
+    header = [one, "best with", "accuracy", "worst with", "accuracy"]
+    _save(script, args, started, [header, *table], _draw_ends(found, own, Path(script).stem))
+
+
 def load(suite: str) -> ConfigDict:
     """The experiment file of this name."""
     return importlib.import_module(f"configs.{suite}").get_config()
@@ -188,10 +223,21 @@ def _write(
     started: float,
 ) -> None:
     """Writes the CSV file and the picture, and lists the run."""
+    _save(script, args, started, _lines(found, x, results), _draw(found, x, Path(script).stem))
+
+
+def _save(
+    script: str,
+    args: argparse.Namespace,
+    started: float,
+    lines: Sequence[Sequence[str]],
+    picture: str,
+) -> None:
     folder, name = args.out / args.suite, Path(script).stem
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / f"{name}.csv", found, x, results)
-    (folder / f"{name}.svg").write_text(f"{_draw(found, x, name)}\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    (folder / f"{name}.svg").write_text(f"{picture}\n", encoding="utf-8")
     print(f"wrote {folder / name}.csv and .svg")
     if args.out == RESULTS:
         shows = _docstring(script).splitlines()[0]
@@ -233,19 +279,21 @@ def _configured(entry: Entry, config: ConfigDict) -> Entry:
     return Entry(entry.method, {**entry.options, **given}, entry.origin)
 
 
-def _write_csv(path: Path, found: Points, x: str | None, results: Mapping[str, Any]) -> None:
-    tasks, own = results["tasks"], results["individual"]
-    seeds = " ".join(map(str, results["expert_seeds"]))
+def _lines(found: Points, x: str | None, results: Mapping[str, Any]) -> list[list[str]]:
+    """The lines of the CSV file."""
+    tasks, seeds = results["tasks"], " ".join(map(str, results["expert_seeds"]))
     differ = [x] if x and x != "amr" else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", *differ, *tasks, "mean", *_COLUMNS, "seeds", "commit"])
-        writer.writerow(["Individual", *[""] * len(differ), *_scores(own, tasks)])
-        for label, at, row in found:
-            measures = [_number(row.get(column)) for column in _COLUMNS]
-            place = [_number(at)] * len(differ)
-            scores = _scores(row["accuracy"], tasks)
-            writer.writerow([label, *place, *scores, *measures, seeds, row["commit"]])
+    own = _scores(results["individual"], tasks)
+    lines = [
+        ["row", *differ, *tasks, "mean", *_COLUMNS, "seeds", "commit"],
+        ["Individual", *[""] * len(differ), *own],
+    ]
+    for label, at, row in found:
+        measures = [_number(row.get(column)) for column in _COLUMNS]
+        place = [_number(at)] * len(differ)
+        scores = _scores(row["accuracy"], tasks)
+        lines.append([label, *place, *scores, *measures, seeds, row["commit"]])
+    return lines
 
 
 def _scores(accuracy: Mapping[str, float], tasks: Sequence[str]) -> list[str]:
@@ -278,6 +326,24 @@ def _draw(found: Points, x: str | None, title: str) -> str:
             ax.set_ylabel("normalized accuracy")
             ax.set_xlabel("stored per task, of one model" if x == "amr" else x)
             fig.legend(loc="outside upper left", ncols=2)
+        ax.grid()
+        return canvas.to_svg(fig, title)
+
+
+def _draw_ends(found: Mapping[str, Mapping[str, float]], own: float, title: str) -> str:
+    """A line a row, from the worst accuracy to the best."""
+    from retex_jax.plots import canvas
+
+    with canvas.figure(14 * len(found) + 60) as fig:
+        ax = fig.add_subplot()
+        ax.axvline(own, color=canvas.INK, linewidth=1.0, linestyle=(0, (3, 2)))
+        for place, by_other in enumerate(found.values()):
+            ends = [min(by_other.values()), max(by_other.values())]
+            ax.plot(ends, [place, place], marker="|", color=canvas.PALETTE[0], linewidth=2)
+        ax.set_yticks(range(len(found)), [canvas.short(label, 34) for label in found])
+        ax.set_ylim(len(found) - 0.5, -0.5)
+        canvas.percent_axis(ax.xaxis)
+        ax.set_xlabel("accuracy, with the worst and the best partner")
         ax.grid()
         return canvas.to_svg(fig, title)
 

@@ -19,7 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import picture
-from compared import IN_SHORT, KEPT_APART, ONE_MODEL, ROUTED, SUITES, Entry
+from compared import (
+    FAMILIES,
+    FRONTS,
+    IN_SHORT,
+    KEPT_APART,
+    ONE_MODEL,
+    ROUTED,
+    SIZES,
+    SUITES,
+    Entry,
+)
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
@@ -206,6 +216,42 @@ def comparison_routed() -> str:
     return _comparison(ROUTED)
 
 
+def fronts() -> str:
+    """The best row of every method that stores no more than a size, by suite."""
+    return "\n\n".join(_front(name) for name in FRONTS)
+
+
+def _front(name: str) -> str:
+    results = read(results_path(name))
+    rows, above = [], []
+    for label, pattern in FAMILIES.items():
+        family = [found for found in results["rows"] if re.fullmatch(pattern, found["entry"])]
+        fitting = [[found for found in family if found["amr"] <= size] for size in SIZES]
+        if any(fitting):
+            rows.append([label, *(_best(found) if found else "" for found in fitting)])
+        else:
+            least = min(family, key=lambda found: found["amr"])
+            above.append(f"{label} {_best(family)} at {percent(least['amr'])}")
+    seeds = ", ".join(map(str, results["expert_seeds"]))
+    commits = ", ".join(
+        f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in results["rows"])
+    )
+    told = (
+        f"Experts of seeds {seeds}: normalized accuracy, half a 95% interval of the mean, and the worst task; the best "
+        f"of what stores no more. Larger in any case: {'; '.join(above)}. Weight Averaging, which stores nothing: "
+        f"{_best([found for found in results['rows'] if found['entry'] == 'weight_average'])}. From "
+        f"`{results_path(name)}` (commits {commits})."
+    )
+    header = [f"`{name}`", *(percent(size) for size in SIZES)]
+    return f"{table(header, rows)}\n\n{told}"
+
+
+def _best(found: Sequence[dict[str, Any]]) -> str:
+    best = max(found, key=lambda row: row["normalized_accuracy"])
+    score, worst = best["normalized_accuracy"], best["worst_normalized_accuracy"]
+    return f"{score:.4f} ± {best['normalized_accuracy_interval']:.4f} ({worst:.3f})"
+
+
 def benchmarks() -> str:
     """Time and memory of mergers beside mergekit, and of forward passes beside torch."""
     path = "experiments/benchmarks/mergers.json"
@@ -270,6 +316,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_one_model,
         comparison_kept_apart,
         comparison_routed,
+        fronts,
         benchmarks,
         methods,
         identifiers,

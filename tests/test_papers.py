@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -121,6 +122,30 @@ def test_growth_takes_the_first_tasks(tmp_path_factory, tmp_path, monkeypatch):
     assert float(found[1]["mean"]) == pytest.approx(
         sum(float(found[1][task]) for task in tiny.NAMES[:2]) / 2, abs=1e-5
     )
+
+
+def test_pairs_give_the_best_and_the_worst_partner(tmp_path_factory, tmp_path, monkeypatch):
+    trained = tiny.trained(tmp_path_factory)
+    first, *others = tiny.NAMES
+
+    def pairs(path, out):
+        papers.pairs(path, lambda _: {"TIES": papers.TIES}, lambda _: first, [*out, "--seeds", "0"])
+
+    run("dts_figure_1.py", pairs, trained.cache, tmp_path, monkeypatch)
+    text = (tmp_path / "out/minilm_text8/dts_figure_1.csv").read_text()
+    (name, *_), (own, _, accuracy, *_), (label, best, high, worst, low) = csv.reader(
+        text.splitlines()
+    )
+    assert (name, own, label) == (first, "Individual", "TIES")
+    assert float(accuracy) == pytest.approx(trained.results["individual"][first], abs=1e-5)
+    assert {best, worst} <= set(others)
+    found = {}
+    for other in others:
+        folder = tmp_path / f"work/minilm_text8_papers/{first}_{other}"
+        (row,) = json.loads((folder / "results.json").read_text())["rows"]
+        found[other] = row["accuracy"][first]
+    assert float(high) == pytest.approx(max(found.values()), abs=1e-5)
+    assert float(low) == pytest.approx(min(found.values()), abs=1e-5)
 
 
 def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
