@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,18 +21,20 @@ _MAX_JSON = 100_000_000  # bytes
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a name beside `path`; what is written there takes its place if all goes well.
+    """Gives a file to write beside `path`, which takes its place if all goes well.
 
-    What processes of this host that were killed have left beside `path` is removed.
+    It is in a folder of its own, so that nothing stays of what its writer has beside it. What processes of this host
+    that were killed have left is removed.
     """
     path = Path(path)
     _remove_leftovers(path)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
     try:
-        yield beside
-        publish(beside, path)
+        yield folder / path.name
+        publish(folder / path.name, path)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def publish(beside: Path, path: Path) -> None:
@@ -93,7 +96,7 @@ def _remove_leftovers(path: Path) -> None:
     for entry in path.parent.iterdir():
         match = name.fullmatch(entry.name)
         if match and not _is_alive(int(match[1])):
-            entry.unlink(missing_ok=True)
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:

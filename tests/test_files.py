@@ -9,8 +9,11 @@ from retex_jax import files
 
 
 def leave(folder, name, process, host=None):
+    """What a process leaves that is killed while it writes: its file, and what its writer has beside it."""
     path = folder / f".{name}.{host or socket.gethostname()}.{process}.tmp"
-    path.write_text("half")
+    path.mkdir()
+    (path / name).write_text("half")
+    (path / ".tmpaAj9vN").write_text("quarter")
     return path
 
 
@@ -28,6 +31,13 @@ def test_what_killed_processes_have_left_is_removed(tmp_path):
         beside.write_text("{}")
         assert not left.exists()
     assert {*tmp_path.iterdir()} == {*stays, tmp_path / "x.json"}
+
+
+def test_what_a_writer_leaves_beside_its_file_is_removed(tmp_path):
+    with files.replacing(tmp_path / "x.json") as beside:
+        beside.write_text("{}")
+        beside.with_name("more").write_text("half")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_json_is_read_without_trust(tmp_path, monkeypatch):

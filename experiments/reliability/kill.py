@@ -7,8 +7,8 @@ drawn experts, the Adam fit, the exact fit into a file, and writing the released
 a process that is forked after all imports, and half of them are killed (SIGKILL) at a random moment of their time; the
 others kill themselves when they are about to open, flush, rename or remove the n-th file. A run that was killed is
 started again, and may be killed again, until it ends by itself. After every kill an artefact that was there before must
-load. At the end everything that the phase has written must be the same to the last bit, and nothing else may lie beside
-it. Prints counts by phase, and exits with 1 if anything is lost.
+load. At the end everything that the phase has written must be the same to the last bit, and no other file may lie
+beside it. Prints counts by phase, and exits with 1 if anything is lost.
 """
 
 import argparse
@@ -257,7 +257,6 @@ class Phase:
 
     Attributes:
       counts: of "killed" (of these "with work": finished work lay in the folder), "equal" and "lost" kills.
-      failures: what was lost.
       seconds: that its trials have taken; the next is of a phase without a kill, or of the one that had the least.
     """
 
@@ -269,7 +268,6 @@ class Phase:
         """
         self.name, self._root, self._inputs = name, root, inputs
         self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
         self.seconds = 0.0
         self._cache = root / "cache" / name
         self._cache.mkdir(parents=True)
@@ -313,7 +311,7 @@ class Phase:
         self.counts["killed"] += killed
         self.counts["lost" if problem else "equal"] += killed
         if problem:
-            self.failures.append(f"{self.name}: {'; '.join(problem)}")
+            print(f"lost: {self.name}: {'; '.join(problem)}", flush=True)
             self.counts["lost"] += not killed
         self.seconds += time.monotonic() - started
         return killed
@@ -357,8 +355,6 @@ def main() -> None:
         print(f"{phase.name:<11}" + "".join(f"{phase.counts[column]:>11}" for column in columns))
     total = {column: sum(phase.counts[column] for phase in phases) for column in columns}
     print(f"{'all':<11}" + "".join(f"{total[column]:>11}" for column in columns))
-    for failure in [failure for phase in phases for failure in phase.failures]:
-        print(f"lost: {failure}")
     if options.results:
         rows = {
             phase.name: {column: phase.counts[column] for column in columns} for phase in phases
