@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
+from retex_jax.buffers import aligned_empty
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS
 from retex_jax.mergers.leafwise import merge_leaves
@@ -157,11 +158,16 @@ def _differences(
     plans: Mapping[str, LeafPlan],
     group: Sequence[str],
     task: int,
-) -> jax.Array:
+) -> np.ndarray:
     """One expert's leaves of one shape as matrices: [G, a, b], float64."""
-    return jnp.stack(
-        [tree.to_matrix(difference(experts, base, name, task), plans[name].view) for name in group]
-    )
+    matrices = aligned_empty((len(group), *plans[group[0]].shape), np.float64)
+    for matrix, name in zip(matrices, group, strict=True):
+        own, start = (
+            tree.to_matrix(np.asarray(leaf), plans[name].view)
+            for leaf in (experts.expert(name, task), base[name])
+        )
+        np.subtract(own, start, out=matrix, dtype=np.float64, casting="unsafe")
+    return matrices
 
 
 def matrix_plans(experts: ExpertSet, rank: Callable[[tuple[int, int]], int]) -> dict[str, LeafPlan]:
