@@ -10,6 +10,7 @@ ReTeX is arXiv:2606.26902; DTS is "Stay Unique, Stay Efficient: Preserving Model
 import argparse
 import csv
 import importlib
+import json
 import re
 import sys
 import time
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # the experiment files are no part of the package
 from ml_collections import ConfigDict  # noqa: E402
 
 from retex_jax import compare  # noqa: E402
+from retex_jax.identify.__main__ import identify  # noqa: E402
 from retex_jax.variants import Entry  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/papers"
@@ -140,6 +142,53 @@ def pairs(
         table.append([label, *(text for end in ends for text in (end, _number(by_other[end])))])
     header = [one, "best with", "accuracy", "worst with", "accuracy"]
     _save(script, args, started, [header, *table], _draw_ends(found, own, Path(script).stem))
+
+
+def identified(
+    script: str,
+    rows: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a table of what `retex_jax.identify` finds, on experts of each seed.
+
+    What lies in the workdir is taken as it is.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: content of its results.json to what is said of a row, column and number; where all columns are numbers
+        the picture has a curve a row.
+      arguments: instead of those of the command line.
+    """
+    args, started = _parse(_docstring(script), arguments), time.perf_counter()
+    repeats = []
+    for seed in args.seeds:
+        config = load(args.suite)
+        config.seed = seed
+        most = config.identifier.num_calibration
+        config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
+        workdir = args.workdir / f"{args.suite}_identify/seed_{seed}"
+        path = workdir / "results.json"
+        if not path.is_file():
+            identify(config, workdir)
+        repeats.append(rows(json.loads(path.read_text(encoding="utf-8"))))
+    first = repeats[0]
+    columns = list(dict.fromkeys(column for row in first.values() for column in row))
+    means = {
+        label: {column: mean([found[label][column] for found in repeats]) for column in row}
+        for label, row in first.items()
+    }
+    seeds = " ".join(map(str, args.seeds))
+    lines = [
+        [label, *(_number(row.get(column)) for column in columns), seeds]
+        for label, row in means.items()
+    ]
+    picture = _draw_columns(means, Path(script).stem)
+    _save(script, args, started, [["row", *columns, "seeds"], *lines], picture)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of one number or more."""
+    return sum(values) / len(values)
 
 
 def load(suite: str) -> ConfigDict:
@@ -298,8 +347,7 @@ def _lines(found: Points, x: str | None, results: Mapping[str, Any]) -> list[lis
 
 def _scores(accuracy: Mapping[str, float], tasks: Sequence[str]) -> list[str]:
     values = [accuracy[task] for task in tasks if task in accuracy]
-    mean = sum(values) / len(values)
-    return [*(_number(accuracy.get(task)) for task in tasks), _number(mean)]
+    return [*(_number(accuracy.get(task)) for task in tasks), _number(mean(values))]
 
 
 def _number(value: Any) -> str:
@@ -345,6 +393,37 @@ def _draw_ends(found: Mapping[str, Mapping[str, float]], own: float, title: str)
         canvas.percent_axis(ax.xaxis)
         ax.set_xlabel("accuracy, with the worst and the best partner")
         ax.grid()
+        return canvas.to_svg(fig, title)
+
+
+def _draw_columns(means: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """A curve a row where columns are numbers; else a mark a column on a line a row."""
+    from retex_jax.plots import canvas
+
+    columns = list(dict.fromkeys(column for row in means.values() for column in row))
+    curves = all(column.isdecimal() for column in columns)
+    with canvas.figure(14 * len(means) + (230 if curves else 90)) as fig:
+        ax = fig.add_subplot()
+        if curves:
+            for index, (label, row) in enumerate(means.items()):
+                color = canvas.PALETTE[index % len(canvas.PALETTE)]
+                at = [int(column) for column in row]
+                ax.plot(at, list(row.values()), marker="o", markersize=4, color=color, label=label)
+            ax.set_xscale("log")
+            ax.set_xticks([int(column) for column in columns], columns)
+            ax.minorticks_off()
+            canvas.percent_axis(ax.yaxis)
+        else:
+            for index, column in enumerate(columns):
+                at = [row.get(column) for row in means.values()]
+                color = canvas.PALETTE[index % len(canvas.PALETTE)]
+                style = {"linestyle": "", "marker": "os^DvP*"[index % 7], "color": color}
+                ax.plot(at, range(len(at)), label=column, **style)
+            ax.set_yticks(range(len(means)), [canvas.short(label, 40) for label in means])
+            ax.set_ylim(len(means) - 0.5, -0.5)
+            canvas.percent_axis(ax.xaxis)
+        ax.grid()
+        fig.legend(loc="outside upper left", ncols=3)
         return canvas.to_svg(fig, title)
 
 
