@@ -25,6 +25,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from retex_jax import compare  # noqa: E402
 from retex_jax.identify.__main__ import identify  # noqa: E402
+from retex_jax.unseen.__main__ import evaluate_unseen  # noqa: E402
 from retex_jax.variants import Entry  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/papers"
@@ -46,6 +47,9 @@ Rows = Mapping[str, Entry]
 
 Curves = Mapping[str, Mapping[float, Entry]]
 """What is said of a curve, and its rows by what they differ in."""
+
+FoundRows = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]]
+"""Content of results.json to what is said of a row, column and number."""
 
 Points = Sequence[tuple[str, float, Any]]
 """(what is said of a curve or row, what the point differs in, row of results.json)."""
@@ -144,11 +148,7 @@ def pairs(
     _save(script, args, started, [header, *table], _draw_ends(found, own, Path(script).stem))
 
 
-def identified(
-    script: str,
-    rows: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]],
-    arguments: Sequence[str] | None = None,
-) -> None:
+def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
     """Makes a table of what `retex_jax.identify` finds, on experts of each seed.
 
     What lies in the workdir is taken as it is.
@@ -159,18 +159,40 @@ def identified(
         the picture has a curve a row.
       arguments: instead of those of the command line.
     """
+
+    def run(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
+        path = workdir / "results.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        most = config.identifier.num_calibration
+        config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
+        return identify(config, workdir)
+
+    _of_program(script, rows, arguments, "identify", run)
+
+
+def transferred(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
+    """Makes a table of what `retex_jax.unseen` finds, on experts of each seed; as `identified`.
+
+    A run that was stopped goes on.
+    """
+    _of_program(script, rows, arguments, "unseen", evaluate_unseen)
+
+
+def _of_program(
+    script: str,
+    rows: FoundRows,
+    arguments: Sequence[str] | None,
+    name: str,
+    run: Callable[[ConfigDict, Path], Mapping[str, Any]],
+) -> None:
     args, started = _parse(_docstring(script), arguments), time.perf_counter()
     repeats = []
     for seed in args.seeds:
         config = load(args.suite)
         config.seed = seed
-        most = config.identifier.num_calibration
-        config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
-        workdir = args.workdir / f"{args.suite}_identify/seed_{seed}"
-        path = workdir / "results.json"
-        if not path.is_file():
-            identify(config, workdir)
-        repeats.append(rows(json.loads(path.read_text(encoding="utf-8"))))
+        results = run(config, args.workdir / f"{args.suite}_{name}/seed_{seed}")
+        repeats.append(rows(results))
     first = repeats[0]
     columns = list(dict.fromkeys(column for row in first.values() for column in row))
     means = {
