@@ -52,11 +52,12 @@ def truncated_svd(matrices: jax.Array, rank: int) -> Decomposition:
       The decomposition, in descending order.
     """
     is_tall = matrices.shape[-2] >= matrices.shape[-1]
-    tall = matrices if is_tall else jnp.swapaxes(matrices, -1, -2)
+    # Products that name their axes take matrices as they lie, without a transposed copy.
+    first, second = ("gij", "gik") if is_tall else ("gji", "gki")
     with jax.default_matmul_precision("highest"):
-        _, vectors = jnp.linalg.eigh(jnp.swapaxes(tall, -1, -2) @ tall)
+        _, vectors = jnp.linalg.eigh(jnp.einsum(f"{first},{second}->gjk", matrices, matrices))
         vectors = vectors[..., ::-1][..., :rank]
-        images = tall @ vectors
+        images = jnp.einsum(f"{first},gjr->gir", matrices, vectors)
     values = jnp.linalg.norm(images, axis=-2)
     is_kept = jnp.cumprod(values > _NO_ENERGY * values[..., :1], axis=-1).astype(bool)
     images = images / jnp.where(is_kept, values, 1)[..., None, :]
