@@ -2,12 +2,19 @@
 
 from ml_collections import ConfigDict
 
+BUDGETED = {
+    "bits": 3,
+    "vector_bits": 4,
+    "sharing": "auto",
+    "orientation": "auto",
+    "task_weights": "energy",
+}
+"""Options of our own form beside its budget."""
+
 
 def budgeted(*fractions: float) -> tuple[tuple[str, dict], ...]:
     """Offsets of our own form for `extra_variants`, by what they take of the model a task."""
-    form = {"bits": 3, "vector_bits": 4, "sharing": "auto", "orientation": "auto"}
-    form["task_weights"] = "energy"
-    return tuple(("retex", {"budget": fraction, **form}) for fraction in fractions)
+    return tuple(("retex", {"budget": fraction, **BUDGETED}) for fraction in fractions)
 
 
 def pareto(config: ConfigDict) -> ConfigDict:

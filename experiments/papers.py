@@ -10,7 +10,6 @@ ReTeX is arXiv:2606.26902; DTS is "Stay Unique, Stay Efficient: Preserving Model
 import argparse
 import csv
 import importlib
-import json
 import re
 import sys
 import time
@@ -21,23 +20,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the experiment files are no part of the package
 
+import paper_pictures as pictures  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from retex_jax import compare  # noqa: E402
+from configs import common  # noqa: E402
+from retex_jax import command_line, compare, experiment, files  # noqa: E402
 from retex_jax.identify.__main__ import identify  # noqa: E402
 from retex_jax.unseen.__main__ import evaluate_unseen  # noqa: E402
 from retex_jax.variants import Entry  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/papers"
 INDEX = ROOT / "experiments/README.md"
-BUDGET = {
-    "bits": 3,
-    "vector_bits": 4,
-    "sharing": "auto",
-    "orientation": "auto",
-    "task_weights": "energy",
-}
-"""Options of our own form beside its budget."""
+SEEDS = [0, 1, 2]
 
 TIES = Entry("ties", {"density": 0.2, "merge": "mean", "scaling": 1.0})
 TASK_ARITHMETIC = Entry("task_arithmetic", {"scaling": 0.3})
@@ -50,9 +44,6 @@ Curves = Mapping[str, Mapping[float, Entry]]
 
 FoundRows = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]]
 """Content of results.json to what is said of a row, column and number."""
-
-Points = Sequence[tuple[str, float, Any]]
-"""(what is said of a curve or row, what the point differs in, row of results.json)."""
 
 _COLUMNS = (
     "normalized_accuracy",
@@ -70,9 +61,24 @@ def retex(**options: Any) -> Entry:
     return Entry("retex", options)
 
 
-def ranks(config: ConfigDict, least: int = 1) -> list[int]:
+def budgeted(fraction: float) -> Entry:
+    """ReTeX of our own form, by the part of the model that a task takes."""
+    return retex(budget=fraction, **common.BUDGETED)
+
+
+def ranks(config: ConfigDict) -> list[int]:
     """Powers of two up to the suite's rank."""
-    return [2**n for n in range(12) if least <= 2**n <= config.offsets.rank]
+    return [2**n for n in range(12) if 2**n <= config.offsets.rank]
+
+
+def load(suite: str) -> ConfigDict:
+    """The experiment file of this name."""
+    return importlib.import_module(f"configs.{suite}").get_config()
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of one number or more."""
+    return sum(values) / len(values)
 
 
 def table(
@@ -113,6 +119,34 @@ def figure(
     _make(script, curves, x, arguments)
 
 
+def growth(
+    script: str,
+    rows: Callable[[ConfigDict], Rows],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Makes a figure of rows against the number of tasks: the first 2, 4, 8, ... of the suite, and all.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: experiment to its rows.
+      arguments: instead of those of the command line.
+    """
+    args, started = _parse(_docstring(script), arguments), time.perf_counter()
+    tasks = load(args.suite).tasks
+    found, results = [], []
+    for count in sorted({*(2**n for n in range(1, 12) if 2**n < len(tasks)), len(tasks)}):
+        config = load(args.suite)
+        config.tasks = tasks[:count]
+        planned = [(label, count, entry) for label, entry in rows(config).items()]
+        part = "" if count == len(tasks) else f"first_{count}"
+        points, result = _compared(config, planned, args, part)
+        found += points
+        results.append(result)
+    order = list(dict.fromkeys(label for label, _, _ in found))
+    found.sort(key=lambda point: order.index(point[0]))
+    _write(script, found, "num_tasks", results[-1], args, started)
+
+
 def pairs(
     script: str,
     rows: Callable[[ConfigDict], Rows],
@@ -145,13 +179,13 @@ def pairs(
         ends = [pick(by_other, key=by_other.__getitem__) for pick in (max, min)]
         table.append([label, *(text for end in ends for text in (end, _number(by_other[end])))])
     header = [one, "best with", "accuracy", "worst with", "accuracy"]
-    _save(script, args, started, [header, *table], _draw_ends(found, own, Path(script).stem))
+    _save(script, args, started, [header, *table], pictures.ends(found, own, Path(script).stem))
 
 
 def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
     """Makes a table of what `retex_jax.identify` finds, on experts of each seed.
 
-    What lies in the workdir is taken as it is.
+    What lies in the workdir is taken as it is, if it is of these experts.
 
     Args:
       script: path of the script, whose docstring says what it shows.
@@ -163,7 +197,9 @@ def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = N
     def run(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
         path = workdir / "results.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            known = files.read_json(path)
+            if known["checkpoint_set"] == experiment.checkpoint_set(command_line.as_dict(config)):
+                return known
         most = config.identifier.num_calibration
         config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
         return identify(config, workdir)
@@ -204,46 +240,8 @@ def _of_program(
         [label, *(_number(row.get(column)) for column in columns), seeds]
         for label, row in means.items()
     ]
-    picture = _draw_columns(means, Path(script).stem)
+    picture = pictures.columns(means, Path(script).stem)
     _save(script, args, started, [["row", *columns, "seeds"], *lines], picture)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of one number or more."""
-    return sum(values) / len(values)
-
-
-def load(suite: str) -> ConfigDict:
-    """The experiment file of this name."""
-    return importlib.import_module(f"configs.{suite}").get_config()
-
-
-def growth(
-    script: str,
-    rows: Callable[[ConfigDict], Rows],
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Makes a figure of rows against the number of tasks: the first 2, 4, 8, ... of the suite, and all.
-
-    Args:
-      script: path of the script, whose docstring says what it shows.
-      rows: experiment to its rows.
-      arguments: instead of those of the command line.
-    """
-    args, started = _parse(_docstring(script), arguments), time.perf_counter()
-    tasks = load(args.suite).tasks
-    found, results = [], []
-    for count in sorted({*(2**n for n in range(1, 12) if 2**n < len(tasks)), len(tasks)}):
-        config = load(args.suite)
-        config.tasks = tasks[:count]
-        planned = [(label, count, entry) for label, entry in rows(config).items()]
-        part = "" if count == len(tasks) else f"first_{count}"
-        points, result = _compared(config, planned, args, part)
-        found += points
-        results.append(result)
-    order = list(dict.fromkeys(label for label, _, _ in found))
-    found.sort(key=lambda point: order.index(point[0]))
-    _write(script, found, "num_tasks", results[-1], args, started)
 
 
 def _make(
@@ -272,7 +270,7 @@ def _compared(
     planned: Sequence[tuple[str, float, Entry]],
     args: argparse.Namespace,
     part: str = "",
-) -> tuple[Points, Mapping[str, Any]]:
+) -> tuple[pictures.Points, Mapping[str, Any]]:
     """The rows of what is planned, of experts of all seeds, and the content of results.json."""
     config.expert_seeds = tuple(args.seeds)
     chosen = [(label, at, _configured(entry, config)) for label, at, entry in planned]
@@ -287,14 +285,16 @@ def _compared(
 
 def _write(
     script: str,
-    found: Points,
+    found: pictures.Points,
     x: str | None,
     results: Mapping[str, Any],
     args: argparse.Namespace,
     started: float,
 ) -> None:
     """Writes the CSV file and the picture, and lists the run."""
-    _save(script, args, started, _lines(found, x, results), _draw(found, x, Path(script).stem))
+    _save(
+        script, args, started, _lines(found, x, results), pictures.rows(found, x, Path(script).stem)
+    )
 
 
 def _save(
@@ -312,7 +312,10 @@ def _save(
     print(f"wrote {folder / name}.csv and .svg")
     if args.out == RESULTS:
         shows = _docstring(script).splitlines()[0]
-        _list(name, shows, args.suite, time.perf_counter() - started)
+        command = f"python experiments/{name}.py --suite={args.suite}"
+        if args.seeds != SEEDS:
+            command += f" --seeds {' '.join(map(str, args.seeds))}"
+        _list(command, shows, time.perf_counter() - started)
 
 
 def _docstring(script: str) -> str:
@@ -334,7 +337,7 @@ def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="an experiment of configs/: " + ", ".join(suites),
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the experts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the experts")
     parser.add_argument(
         "--workdir", type=Path, default=Path("workdirs"), help="where rows are kept"
     )
@@ -350,7 +353,7 @@ def _configured(entry: Entry, config: ConfigDict) -> Entry:
     return Entry(entry.method, {**entry.options, **given}, entry.origin)
 
 
-def _lines(found: Points, x: str | None, results: Mapping[str, Any]) -> list[list[str]]:
+def _lines(found: pictures.Points, x: str | None, results: Mapping[str, Any]) -> list[list[str]]:
     """The lines of the CSV file."""
     tasks, seeds = results["tasks"], " ".join(map(str, results["expert_seeds"]))
     differ = [x] if x and x != "amr" else []
@@ -376,119 +379,8 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _draw(found: Points, x: str | None, title: str) -> str:
-    from retex_jax.plots import canvas
-
-    labels = list(dict.fromkeys(label for label, _, _ in found))
-    height = 14 * len(labels) + (230 if x else 60)
-    with canvas.figure(height) as fig:
-        ax = fig.add_subplot()
-        reference = ax.axhline if x else ax.axvline
-        reference(1.0, color=canvas.INK, linewidth=1.0, linestyle=(0, (3, 2)))
-        if x is None:
-            _dots(ax, found)
-            canvas.percent_axis(ax.xaxis)
-            ax.set_xlabel("normalized accuracy")
-        else:
-            for index, label in enumerate(labels):
-                _curve(ax, [(at, row) for of, at, row in found if of == label], x, label, index)
-            canvas.percent_axis(ax.yaxis)
-            ax.set_ylabel("normalized accuracy")
-            ax.set_xlabel("stored per task, of one model" if x == "amr" else x)
-            fig.legend(loc="outside upper left", ncols=2)
-        ax.grid()
-        return canvas.to_svg(fig, title)
-
-
-def _draw_ends(found: Mapping[str, Mapping[str, float]], own: float, title: str) -> str:
-    """A line a row, from the worst accuracy to the best."""
-    from retex_jax.plots import canvas
-
-    with canvas.figure(14 * len(found) + 60) as fig:
-        ax = fig.add_subplot()
-        ax.axvline(own, color=canvas.INK, linewidth=1.0, linestyle=(0, (3, 2)))
-        for place, by_other in enumerate(found.values()):
-            ends = [min(by_other.values()), max(by_other.values())]
-            ax.plot(ends, [place, place], marker="|", color=canvas.PALETTE[0], linewidth=2)
-        ax.set_yticks(range(len(found)), [canvas.short(label, 34) for label in found])
-        ax.set_ylim(len(found) - 0.5, -0.5)
-        canvas.percent_axis(ax.xaxis)
-        ax.set_xlabel("accuracy, with the worst and the best partner")
-        ax.grid()
-        return canvas.to_svg(fig, title)
-
-
-def _draw_columns(means: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """A curve a row where columns are numbers; else a mark a column on a line a row."""
-    from retex_jax.plots import canvas
-
-    columns = list(dict.fromkeys(column for row in means.values() for column in row))
-    curves = all(column.isdecimal() for column in columns)
-    with canvas.figure(14 * len(means) + (230 if curves else 90)) as fig:
-        ax = fig.add_subplot()
-        if curves:
-            for index, (label, row) in enumerate(means.items()):
-                color = canvas.PALETTE[index % len(canvas.PALETTE)]
-                at = [int(column) for column in row]
-                ax.plot(at, list(row.values()), marker="o", markersize=4, color=color, label=label)
-            ax.set_xscale("log")
-            ax.set_xticks([int(column) for column in columns], columns)
-            ax.minorticks_off()
-            canvas.percent_axis(ax.yaxis)
-        else:
-            for index, column in enumerate(columns):
-                at = [row.get(column) for row in means.values()]
-                color = canvas.PALETTE[index % len(canvas.PALETTE)]
-                style = {"linestyle": "", "marker": "os^DvP*"[index % 7], "color": color}
-                ax.plot(at, range(len(at)), label=column, **style)
-            ax.set_yticks(range(len(means)), [canvas.short(label, 40) for label in means])
-            ax.set_ylim(len(means) - 0.5, -0.5)
-            canvas.percent_axis(ax.xaxis)
-        ax.grid()
-        fig.legend(loc="outside upper left", ncols=3)
-        return canvas.to_svg(fig, title)
-
-
-def _dots(ax: Any, found: Points) -> None:
-    from retex_jax.plots import canvas
-
-    rows = [row for _, _, row in found]
-    bars = [row.get("normalized_accuracy_interval") or 0.0 for row in rows]
-    style = {"fmt": "o", "color": canvas.PALETTE[0], "markersize": 5, "capsize": 2}
-    ax.errorbar([row["normalized_accuracy"] for row in rows], range(len(rows)), xerr=bars, **style)
-    ax.set_yticks(range(len(rows)), [canvas.short(label, 34) for label, _, _ in found])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-
-
-def _curve(ax: Any, points: Sequence[tuple[float, Any]], x: str, label: str, index: int) -> None:
-    from retex_jax.plots import canvas
-
-    at = [row["amr"] if x == "amr" else place for place, row in points]
-    bars = [row.get("normalized_accuracy_interval") or 0.0 for _, row in points]
-    ax.errorbar(
-        at,
-        [row["normalized_accuracy"] for _, row in points],
-        yerr=bars if any(bars) else None,
-        color=canvas.PALETTE[index % len(canvas.PALETTE)],
-        linestyle=canvas.DASHES[index // len(canvas.PALETTE) % len(canvas.DASHES)],
-        marker="o",
-        markersize=4,
-        linewidth=1.4,
-        capsize=2,
-        label=label,
-    )
-    if min(at) > 0 and max(at) > 8 * min(at):
-        ax.set_xscale("log")
-        if x == "amr":
-            ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        else:
-            ax.set_xticks(at, [f"{place:g}" for place in at])
-            ax.minorticks_off()
-
-
-def _list(name: str, shows: str, suite: str, seconds: float) -> None:
+def _list(command: str, shows: str, seconds: float) -> None:
     """Enters the run into experiments/README.md, in place of an earlier one."""
-    command = f"python experiments/{name}.py --suite={suite}"
     line = f"| `{command}` | {seconds / 60:.1f} min | {shows} |"
     before, lines, after = re.split(
         r"(?<=<!-- begin runs -->\n)|(?=<!-- end runs -->)", INDEX.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ Beside the paper's two forms stands ours, by its budget.
 """
 
 import papers
-from papers import BUDGET, Entry, retex
+from papers import Entry, budgeted, retex
 
 
 def curves(config: papers.ConfigDict) -> papers.Curves:
@@ -24,7 +24,7 @@ def curves(config: papers.ConfigDict) -> papers.Curves:
             for rank in ranks
             if rank >= 8
         },
-        "ReTeX by budget, 3 bits": {size: retex(budget=size, **BUDGET) for size in fractions},
+        "ReTeX by budget, 3 bits": {size: budgeted(size) for size in fractions},
     }
 
 

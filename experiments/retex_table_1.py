@@ -7,7 +7,7 @@ halves with unknown tasks are of retex_jax.train. ReTeX of 1% of the model is no
 """
 
 import papers
-from papers import BUDGET, TASK_ARITHMETIC, TIES, Entry, retex
+from papers import TASK_ARITHMETIC, TIES, Entry, budgeted, retex
 
 
 def rows(config: papers.ConfigDict) -> papers.Rows:
@@ -19,7 +19,7 @@ def rows(config: papers.ConfigDict) -> papers.Rows:
         "Consensus TA": Entry("consensus"),
         "EMR-Merging": Entry("emr"),
         f"ReTeX, rank {config.offsets.rank}": retex(rank=config.offsets.rank),
-        "ReTeX, 1% of the model": retex(budget=0.01, **BUDGET),
+        "ReTeX, 1% of the model": budgeted(0.01),
     }
 
 

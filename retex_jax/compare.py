@@ -66,7 +66,8 @@ def previous(
 
     Returns:
       Rows and searches, by entry, of the same `identity`: those of planned entries if the seeds are as planned, and
-      those of other entries, which stay in the table.
+      those of other entries, which stay in the table. Rows that lack a measure are of before there was such a one,
+      and are not kept.
     """
     if not path.is_file():
         return {}, {}
@@ -83,6 +84,7 @@ def previous(
         row["entry"]: row
         for row in results["rows"]
         if row["seeds"] == planned.get(row["entry"], row["seeds"])
+        and evaluate.MEASURES.keys() <= row.keys()
     }
     if rows:
         logging.info(f"kept {len(rows)} rows of {path}; without that file they are fitted again")

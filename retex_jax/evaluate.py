@@ -28,7 +28,7 @@ from retex_jax import (
 from retex_jax.identifier import IDENTIFIERS
 from retex_jax.methods import METHODS
 
-_MEASURES = {
+MEASURES = {
     measure.__name__: measure
     for measure in (
         metrics.normalized_accuracy,
@@ -37,6 +37,7 @@ _MEASURES = {
         metrics.adr,
     )
 }
+"""What a row tells of all tasks, by its name in the row."""
 
 
 def result_row(
@@ -169,7 +170,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[
     }
     means = {
         name: None if None in values else float(np.mean(values))
-        for name in (*_MEASURES, "bytes_per_task", "amr", "seconds_fit")
+        for name in (*MEASURES, "bytes_per_task", "amr", "seconds_fit")
         for values in [[row[name] for row in rows]]
     }
     scores = [row["normalized_accuracy"] for row in rows]
@@ -208,8 +209,7 @@ def _relative(accuracy: Mapping[str, float], individual: Mapping[str, float]) ->
     """What is relative to the individual accuracies; None where one of them is 0."""
     sound = min(individual.values()) > 0
     return {
-        name: measure(accuracy, individual) if sound else None
-        for name, measure in _MEASURES.items()
+        name: measure(accuracy, individual) if sound else None for name, measure in MEASURES.items()
     }
 
 

@@ -24,7 +24,6 @@ import optax
 
 from retex_jax import (
     artifact,
-    checkpoint,
     command_line,
     data,
     experiment,
@@ -35,9 +34,9 @@ from retex_jax import (
     preflight,
     probe,
     recovery,
+    training,
     tree,
 )
-from retex_jax.preemption import Guard, Preempted
 from retex_jax.pretrained import Backbone
 from retex_jax.typing import Batch, Params
 
@@ -170,31 +169,21 @@ def finetune(
     params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
     state = TrainState(params, make_optimizer(**settings).init(params))
     unfinished = directory / _UNFINISHED / task.name
-    checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
-    done = checkpoints.latest() or 0
-    if done:
-        state = checkpoints.restore(done, state)
-        logging.info(f"{task.name}: resumed at step {done}")
 
     def read(step: int) -> dict[str, np.ndarray]:
         indices = data.batch_indices(len(train["label"]), batch_size, step, seed)
         return data.trim(data.materialize(data.take(train, indices)))
 
-    with Guard() as guard, logging.progress(steps, f"fine-tune {task.name}") as progress:
-        for step, batch in enumerate(data.ahead(read, range(done, steps)), done):
-            state, loss = train_step(model, tuple(settings.items()), state, batch)
-            loss = float(loss)  # waits for the step, so that the progress shown is real
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"{task.name}: the loss is {loss} at step {step + 1}; "
-                    f"learning_rate = {learning_rate}"
-                )
-            is_leaving = guard.is_called
-            if is_leaving or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                checkpoints.save(step + 1, state)
-            progress.update(step + 1, loss=loss)
-            if is_leaving:
-                raise Preempted(f"{task.name} is saved at step {step + 1} of {steps}")
+    state = training.run(
+        task.name,
+        partial(train_step, model, tuple(settings.items())),
+        state,
+        read,
+        unfinished,
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        learning_rate=learning_rate,
+    )
     params = jax.device_get(state.params)
     record = {
         "task": task.name,

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 
 from retex_jax import (
     artifact,
-    checkpoint,
     data,
     experiment,
     huggingface,
@@ -32,6 +31,7 @@ from retex_jax import (
     metrics,
     probe,
     recovery,
+    training,
 )
 from retex_jax.convert import hub
 from retex_jax.convert.architectures import ARCHITECTURES
@@ -163,6 +163,7 @@ def finetune(
 
     Raises:
       FloatingPointError: if the loss is not finite, with the step.
+      Preempted: after a SIGTERM, when the step that is under way is saved; it ends the program.
     """
     settings = {
         "learning_rate": learning_rate,
@@ -176,11 +177,6 @@ def finetune(
     own = jax.tree.map(jnp.array, params)
     state = jax.device_put(State(own, make_optimizer(**settings).init(own)), everywhere)
     head = jax.device_put(head, everywhere)
-    checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
-    done = checkpoints.latest() or 0
-    if done:
-        state = checkpoints.restore(done, state)
-        logging.info(f"{task.name}: resumed at step {done}")
     train = task.splits["train"]
 
     def read(step: int) -> dict[str, np.ndarray]:
@@ -188,18 +184,20 @@ def finetune(
         batch = data.materialize(data.take(train, indices))
         return {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
 
-    with logging.progress(steps, f"fine-tune {task.name}") as progress:
-        for step, batch in enumerate(data.ahead(read, range(done, steps)), done):
-            batch = jax.device_put(batch, divided)
-            state, loss = train_step(model, tuple(settings.items()), state, head, batch)
-            loss = float(loss)
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"{task.name}: the loss is {loss} at step {step + 1}; learning_rate = {learning_rate}"
-                )
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                checkpoints.save(step + 1, state)
-            progress.update(step + 1, loss=loss)
+    def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
+        batch = jax.device_put(batch, divided)
+        return train_step(model, tuple(settings.items()), state, head, batch)
+
+    state = training.run(
+        task.name,
+        step,
+        state,
+        read,
+        unfinished,
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        learning_rate=learning_rate,
+    )
     return jax.device_get(state.params)
 
 

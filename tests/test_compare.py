@@ -438,6 +438,15 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         assert compare.compare(config, tmp_path)["rows"][4] == after["rows"][4]
         assert fits == ["dare"] * 9
         fits.clear()
+        old = json.loads(path.read_text())
+        for row in old["rows"]:
+            if row["method"] == "weight_average":
+                del row["worst_normalized_accuracy"]  # of before there was such a measure
+        path.write_text(json.dumps({name: old[name] for name in old if name != compare._HASH}))
+        again = compare.compare(config, tmp_path)
+        assert fits == ["weight_average"]
+        assert all("worst_normalized_accuracy" in row for row in again["rows"])
+        fits.clear()
         config.calibration.num_inputs += 1
         config.methods = "weight_average"
         assert [row["method"] for row in compare.compare(config, tmp_path)["rows"]] == [

@@ -56,6 +56,7 @@ PROGRAMS = {
     "export",
     "finetune",
     "finetune_clip",
+    "training",
     "identification",
     "identify",
     "preflight",

@@ -146,6 +146,18 @@ def test_thresholds_are_exact_where_the_sample_misleads(density, first, monkeypa
         np.testing.assert_array_equal(found, want[:tasks])
 
 
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
+def test_thresholds_are_exact_with_few_bins(density, monkeypatch):
+    """Patterns are found in several rounds, and counted in several portions of each."""
+    monkeypatch.setattr(ties, "_BINS", 128)
+    monkeypatch.setattr(experts_module, "_PART", 512)
+    values = np.random.default_rng(7).normal(size=(3, 4000)).astype(np.float32)
+    experts = [{"a": row} for row in values]
+    found = ties.thresholds(expert_set({"a": np.zeros(4000, np.float32)}, experts), density)
+    want = -np.sort(-np.abs(values), axis=1)[:, int(density * 4000) - 1]
+    np.testing.assert_array_equal(found, want)
+
+
 @pytest.mark.parametrize("options", [{}, {"merge": "sum"}])
 def test_a_sample_does_not_change_ties(options, monkeypatch):
     pretrained, experts = references.grid_model(8)

@@ -1,7 +1,7 @@
 """The scripts of the papers' tables and figures."""
 
 import csv
-import importlib.util
+import importlib
 import inspect
 import json
 import sys
@@ -10,22 +10,19 @@ from pathlib import Path
 import pytest
 import tiny
 
-from retex_jax import METHODS
+from retex_jax import METHODS, command_line, experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCRIPTS = sorted(EXPERIMENTS.glob("retex_*.py")) + sorted(EXPERIMENTS.glob("dts_*.py"))
 
 
+sys.path.insert(0, str(EXPERIMENTS))  # it is no package
+
+import papers  # noqa: E402
+
+
 def load(path):
-    """A module of experiments/, which is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-papers = load(EXPERIMENTS / "papers.py")
+    return importlib.import_module(path.stem)
 
 
 def entries(path, suite):
@@ -150,7 +147,7 @@ def test_pairs_give_the_best_and_the_worst_partner(tmp_path_factory, tmp_path, m
     assert float(low) == pytest.approx(min(found.values()), abs=1e-5)
 
 
-def test_what_is_identified_is_averaged_over_seeds(tmp_path, capsys):
+def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
     for seed, better in ((0, 0.0), (1, 0.02)):
         folder = tmp_path / f"work/minilm_text8_identify/seed_{seed}"
         folder.mkdir(parents=True)
@@ -163,7 +160,11 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, capsys):
             {"identifier": "router", "measure": "entropy", **measures, "f1": f1 + better}
             for f1 in (0.2, 0.4)
         ]
+        config = papers.load("minilm_text8")
+        config.seed = seed
+        experts = experiment.checkpoint_set(command_line.as_dict(config))
         results = {"calibration_sizes": sweep, "out_of_distribution": unseen}
+        results["checkpoint_set"] = experts
         (folder / "results.json").write_text(json.dumps(results))
     out = ["--out", str(tmp_path / "out"), "--workdir", str(tmp_path / "work"), "--seeds", "0", "1"]
     for name in ("retex_figure_12", "retex_table_7"):
@@ -177,6 +178,17 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, capsys):
     (row,) = csv.DictReader((folder / "retex_table_7.csv").read_text().splitlines())
     assert (row["row"], row["recall"], row["f1"]) == ("router, entropy", "0.5", "0.31")
     assert "entropy" in (folder / "retex_table_7.svg").read_text()
+
+    def identify(config, workdir):
+        raise RuntimeError(f"anew in {workdir.name}")
+
+    monkeypatch.setattr(papers, "identify", identify)
+    path = tmp_path / "work/minilm_text8_identify/seed_1/results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "checkpoint_set": "others"}))
+    with pytest.raises(RuntimeError, match="anew in seed_1"):
+        papers.identified(
+            str(EXPERIMENTS / "retex_table_7.py"), load(EXPERIMENTS / "retex_table_7.py").rows, out
+        )
 
 
 def test_unseen_tasks_are_those_of_the_program(tmp_path, monkeypatch):
@@ -198,8 +210,8 @@ def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
     index.write_text((EXPERIMENTS / "README.md").read_text())
     monkeypatch.setattr(papers, "INDEX", index)
     for seconds in (60, 120):
-        papers._list("retex_table_1", "Shows it.", "vit_b32_30", seconds)
+        papers._list("python experiments/x.py --suite=vit_b32_30 --seeds 4", "Shows it.", seconds)
     lines = [line for line in index.read_text().splitlines() if "vit_b32_30" in line]
     assert lines == [
-        "| `python experiments/retex_table_1.py --suite=vit_b32_30` | 2.0 min | Shows it. |"
+        "| `python experiments/x.py --suite=vit_b32_30 --seeds 4` | 2.0 min | Shows it. |"
     ]
