@@ -1,7 +1,9 @@
-"""Host memory that is filled in parts: aligned for JAX, and taken again where fresh memory would cost more."""
+"""Host memory: aligned for JAX, taken again where fresh memory would cost more, and given back."""
 
+import ctypes
 import math
 import mmap
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -44,3 +46,16 @@ def scratch(*shape: int) -> np.ndarray:
     if getattr(_thread, "scratch", np.empty(0)).size < size:
         _thread.scratch = aligned_empty([size], np.float32)
     return _thread.scratch[:size].reshape(shape)
+
+
+# Of glibc; other C libraries have no such function.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def give_back_freed() -> None:
+    """Gives the system what was freed but kept by the C library: one pool for each thread that XLA computes in.
+
+    What a leaf took in one thread is of no use to the next leaf in another, so that the pools would add up.
+    """
+    if _trim is not None:
+        _trim(0)

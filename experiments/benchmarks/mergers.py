@@ -54,7 +54,7 @@ GOALS = {
     },
     "inside / read_write": {"weight_average": 4, "task_arithmetic": 4, "ties": 12, "emr": 4},
     "peak / (model + stack)": dict.fromkeys(
-        ("weight_average", "task_arithmetic", "ties", "dare", "emr"), 1
+        ("weight_average", "task_arithmetic", "ties", "dare", "emr", "dts_t"), 1
     ),
 }
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retex_jax.buffers import give_back_freed
 from retex_jax.offsets import eigen
 
 TOLERANCE = 5e-5
@@ -83,8 +84,11 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     energy = float(_energy(offsets))
     if not _SQUARES[0] < energy / offsets.size < _SQUARES[1]:
         return None
-    gram, error = _gram(offsets, dtype)
+    products = _products(offsets, dtype)
     del offsets
+    give_back_freed()
+    gram, error = _gram(*products)
+    del products
     found = eigen.leading(gram, rank, TOLERANCE)
     if found is None:
         return None
@@ -115,15 +119,14 @@ def _parts(offsets: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _gram(offsets: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """C, [n, n], and a bound of the Frobenius norm of its error."""
+def _products(offsets: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+    """What of C is on and above the diagonal, in strips of rows; and C's products with `eigen.probes`, in float64."""
     parts = _parts(offsets)
     columns = parts.shape[2]
     probes = eigen.probes(columns)
     starts = range(0, columns, -(-columns // _STRIPS))
 
     def products(part: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """What is on and above the diagonal, in strips of rows, and the products with the probes."""
         own, wide = part.astype(dtype), part.astype(jnp.float64)
         strips = [own[:, start : start + starts.step].T @ own[:, start:] for start in starts]
         return strips, wide.T @ (wide @ probes)
@@ -131,13 +134,26 @@ def _gram(offsets: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     def add(sums: tuple[list[jax.Array], jax.Array], part: jax.Array):
         return jax.tree.map(jnp.add, sums, products(part)), None
 
-    (strips, exact), _ = jax.lax.scan(add, products(parts[0]), parts[1:])
-    gram = jnp.zeros((columns, columns), dtype)
-    for start, strip in zip(starts, strips, strict=True):
-        stop = start + len(strip)
-        gram = gram.at[stop:, start:stop].set(strip[:, len(strip) :].T)
-        symmetric = (strip[:, : len(strip)] + strip[:, : len(strip)].T) / 2
-        gram = gram.at[start:stop, start:].set(strip.at[:, : len(strip)].set(symmetric))
+    nothing = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(products, parts[0])
+    )
+    return jax.lax.scan(add, nothing, parts)[0]
+
+
+@jax.jit
+def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """C, [n, n], and a bound of the Frobenius norm of its error."""
+    rows, step = [], len(strips[0])
+    for index, strip in enumerate(strips):
+        height = len(strip)
+        above = (
+            earlier[:, (index - number) * step :][:, :height].T
+            for number, earlier in enumerate(strips[:index])
+        )
+        symmetric = (strip[:, :height] + strip[:, :height].T) / 2
+        rows.append(jnp.hstack([*above, symmetric, strip[:, height:]]))
+    gram = jnp.vstack(rows)
+    probes = eigen.probes(len(gram))
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
+from retex_jax.buffers import give_back_freed
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import activations, certified, differences, streamed
 from retex_jax.offsets.coding import Stored, check_bits, code, code_factors, dense
@@ -254,6 +255,7 @@ def fit(
             report.energies[name] = own.energy
         if file is not None and not is_finished:
             file.commit(group, report)
+        give_back_freed()
         done += len(group)
         if progress:
             progress(done, len(plans))

@@ -103,7 +103,7 @@ def fit(
     levels: Levels = 2,
     grouping: Grouping = "matrix",
     decompose: bool = True,
-    group_bytes: int = 1 << 28,
+    group_bytes: int = 1 << 26,
     progress: ProgressFn | None = None,
 ) -> DtsState:
     """Approximates every expert's difference from a base.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.buffers import aligned_empty
+from retex_jax.buffers import aligned_empty, give_back_freed
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS
 from retex_jax.mergers.leafwise import merge_leaves
@@ -146,6 +146,7 @@ def decompose(
                         _differences(experts, base, plans, group, task), plans[group[0]].rank
                     )
                 )
+            give_back_freed()
             for index, name in enumerate(group):
                 yield name, Decomposition(*(array[index] for array in result))
             done += len(group)

@@ -62,7 +62,7 @@ def fit(
     amr: float | None = None,
     base: str | None = None,
     base_options: Mapping[str, Any] | None = None,
-    group_bytes: int = 1 << 28,
+    group_bytes: int = 1 << 26,
     progress: ProgressFn | None = None,
 ) -> SvdState:
     """Truncates the SVD of every expert's difference from a base.

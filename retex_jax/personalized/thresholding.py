@@ -62,20 +62,24 @@ def threshold(
     Returns:
       Bits (positive; large), [levels, rows, n], bool, and magnitudes, [rows, 4], float64; an empty group's is 0.
     """
-    sizes = np.abs(values)
     positive = values > 0
     large = np.empty_like(positive)
     magnitudes = np.zeros((len(values), 4))
-    for row, row_sizes in enumerate(sizes):
+    for row, row_values in enumerate(values):
         for sign, members in enumerate((~positive[row], positive[row])):
-            part = row_sizes[members]
-            signed = part[part > 0]
-            is_large = part > (np.median(signed) if signed.size and levels == 2 else np.inf)
+            sizes = np.abs(row_values[members])
+            is_large = sizes > (_median(sizes) if levels == 2 else np.inf)
             large[row, members] = is_large
-            for size, group in enumerate((part[~is_large], part[is_large])):
-                if group.size:
-                    magnitudes[row, 2 * sign + size] = _magnitude(group, scale)
+            for size, group in enumerate((~is_large, is_large)):
+                if group.any():
+                    magnitudes[row, 2 * sign + size] = _magnitude(sizes[group], scale)
     return np.stack([positive, large][:levels]), magnitudes
+
+
+def _median(sizes: np.ndarray) -> float:
+    """Of those above 0; without any, all are small."""
+    above = sizes[sizes > 0]
+    return float(np.median(above, overwrite_input=True)) if above.size else np.inf
 
 
 def _magnitude(group: np.ndarray, scale: Scale) -> float:

@@ -63,7 +63,7 @@ def fit(
     mask_rate: float = 0.9,
     mask_strategy: Literal["svd", "magnitude"] = "svd",
     router_options: Mapping[str, Any] | None = None,
-    group_bytes: int = 1 << 28,
+    group_bytes: int = 1 << 26,
     progress: ProgressFn | None = None,
 ) -> TwinState:
     """Merges, trims what is left of each expert, and trains the router.
