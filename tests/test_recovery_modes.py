@@ -313,6 +313,28 @@ def test_a_classifier_as_a_whole():
     assert_agree(np.asarray(found), want)
 
 
+HEADS = [("gpt2", "left"), ("decoder", "right"), ("decoder, tied", "separate")]
+
+
+@pytest.mark.parametrize(("name", "fit"), [*HEADS, ("decoder, tied", "affine")])
+def test_logits_of_language_models(name, fit):
+    """A table that is the head as well is read twice, and no expert's is made."""
+    model = MODELS[name]
+    state, inputs, ids = fitted(model, fit), inputs_of(model, 5), np.array([3, 1, 1, 0, 3])
+    prepared = factored.prepare(model, state, method="lm_logits")
+    assert all("token_embedding" not in leaf for leaf in prepared.by_task)
+    run = jax.jit(lambda tasks: factored.apply(model, prepared, inputs, tasks, method="lm_logits"))
+    expert = jax.jit(lambda params: model.apply({"params": params}, inputs, method="lm_logits"))
+    wanted = [np.asarray(expert(offsets.recover(state, task))) for task in range(NUM_TASKS)]
+    want = np.stack([wanted[task][row] for row, task in enumerate(ids)])
+    assert np.abs(want - wanted[2]).max() > 1e-2 * np.abs(want).max()
+    assert_agree(np.asarray(run(jnp.asarray(ids))), want)
+    weights = np.full((5, NUM_TASKS), 0.1, np.float32)
+    weights[:, 2] = 0.7
+    mixed = np.asarray(expert(offsets.mix(state, weights[0])))
+    assert_agree(np.asarray(run(jnp.asarray(weights))), mixed)
+
+
 def test_features_of_every_layer():
     model = MODELS["bert"]
     state, inputs = fitted(model), inputs_of(model, 5)

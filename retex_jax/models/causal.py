@@ -169,11 +169,13 @@ float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.
 """A matrix product with float32 results, for Dense layers that give logits."""
 
 
-def tied_logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
-    """Returns the products of hidden states [..., d] with an embedding [V, d]: float32 [..., V]."""
-    return jnp.einsum(
-        "...d,vd->...v", x, embedding.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+class TokenEmbedding(nn.Embed):
+    """A table [V, d] that may also be the head."""
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Returns the products of hidden states [..., d] with all rows: float32 [..., V]."""
+        embedding = self.embedding.astype(query.dtype)
+        return jnp.einsum("...d,vd->...v", query, embedding, preferred_element_type=jnp.float32)
 
 
 class CausalLM(nn.Module):

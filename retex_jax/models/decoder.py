@@ -253,7 +253,7 @@ class Decoder(causal.CausalLM):
         """Makes the token embedding and, where it is not the head as well, the head."""
         config = self.config
         dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.token_embedding = nn.Embed(
+        self.token_embedding = causal.TokenEmbedding(
             config.vocab_size,
             config.width,
             **dtypes,
@@ -273,7 +273,7 @@ class Decoder(causal.CausalLM):
         if self.config.lm_head == "none":
             raise ValueError("lm_head='none': this model gives no logits")
         if self.config.lm_head == "tied":
-            return causal.tied_logits(hidden, self.token_embedding.embedding)
+            return self.token_embedding.attend(hidden)
         return self.lm_head(hidden)
 
     @nn.compact

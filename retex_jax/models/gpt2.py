@@ -136,7 +136,7 @@ class Gpt2(causal.CausalLM):
     def setup(self):
         """Makes the token embedding, which is the head as well."""
         config = self.config
-        self.token_embedding = nn.Embed(
+        self.token_embedding = causal.TokenEmbedding(
             config.vocab_size,
             config.width,
             dtype=config.dtype,
@@ -146,7 +146,7 @@ class Gpt2(causal.CausalLM):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps final hidden states [..., width] to logits [..., vocab_size], float32."""
-        return causal.tied_logits(hidden, self.token_embedding.embedding)
+        return self.token_embedding.attend(hidden)
 
     @nn.compact
     def states(
