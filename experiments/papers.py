@@ -204,7 +204,7 @@ def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = N
         config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
         return identify(config, workdir)
 
-    _of_program(script, rows, arguments, "identify", run)
+    programmed(script, rows, "identify", run, arguments)
 
 
 def transferred(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
@@ -212,16 +212,25 @@ def transferred(script: str, rows: FoundRows, arguments: Sequence[str] | None = 
 
     A run that was stopped goes on.
     """
-    _of_program(script, rows, arguments, "unseen", evaluate_unseen)
+    programmed(script, rows, "unseen", evaluate_unseen, arguments)
 
 
-def _of_program(
+def programmed(
     script: str,
     rows: FoundRows,
-    arguments: Sequence[str] | None,
     name: str,
     run: Callable[[ConfigDict, Path], Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
 ) -> None:
+    """Makes a table of what a program finds, on experts of each seed.
+
+    Args:
+      script: path of the script, whose docstring says what it shows.
+      rows: what the program returns to what is said of a row, column and number.
+      name: of the program, in its workdirs.
+      run: experiment and workdir to what it has found.
+      arguments: instead of those of the command line.
+    """
     args, started = _parse(_docstring(script), arguments), time.perf_counter()
     repeats = []
     for seed in args.seeds:

@@ -191,6 +191,46 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
         )
 
 
+def test_identifiers_and_what_they_recover():
+    found = [
+        {"identifier": "router", "limit": limit, "accuracy": 0.9, "forward": forward}
+        for limit, forward in ((None, 1.0), (0.6, 0.5))
+    ]
+    protocols = [
+        {"task_known": known, "head_known": head, "normalized_accuracy": ratio}
+        for known, head, ratio in ((True, True, 0.99), (False, True, 0.98), (False, False, 0.9))
+    ]
+    rows = load(EXPERIMENTS / "retex_table_9.py").rows({"identifiers": found, "rows": protocols})
+    assert rows["router within the limit"] == {"identified": 0.9, "forward": 0.5}
+    assert rows["recovered, backbone routed"] == {"normalized accuracy": 0.98}
+    assert len(rows) == 5
+
+
+def test_scales_are_those_of_the_fit(tmp_path_factory, tmp_path, monkeypatch):
+    trained = tiny.trained(tmp_path_factory)
+    module = load(EXPERIMENTS / "retex_figure_7.py")
+
+    def learn(config, workdir):
+        config.offsets.adam.update({"steps": 64, "warmup_steps": 4, "learning_rate": 1e-2})
+        return module.learn(config, workdir)
+
+    def scales(path, out):
+        papers.programmed(path, module.rows, "gammas", learn, [*out, "--seeds", "0"])
+
+    found, picture = run("retex_figure_7.py", scales, trained.cache, tmp_path, monkeypatch)
+    assert list(found[0]) == ["row", "2", "4", "8", "16", "32", "64", "seeds"]
+    path = tmp_path / "work/minilm_text8_gammas/seed_0/results.json"
+    gammas = json.loads(path.read_text())["gammas"]
+    (row,) = [row for row in found if row["row"] == "attention/query"]
+    values = [by_chunk[31] for name, by_chunk in gammas.items() if "attention/query" in name]
+    assert float(row["64"]) == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert row["64"] != row["2"]
+    assert "attention/query" in picture
+    written = path.stat().st_mtime_ns
+    run("retex_figure_7.py", scales, trained.cache, tmp_path, monkeypatch)
+    assert path.stat().st_mtime_ns == written
+
+
 def test_unseen_tasks_are_those_of_the_program(tmp_path, monkeypatch):
     def evaluate_unseen(config, workdir):
         assert workdir == tmp_path / f"work/minilm_text8_unseen/seed_{config.seed}"
