@@ -1,39 +1,21 @@
 """Looks for everything that would stop an experiment later, before any long work, and reports it at once."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from retex_jax import (
     data,
     experiment,
     files,
+    identifier_checks,
     language_checks,
-    models,
-    offsets,
+    method_checks,
     plots,
     pretrained,
-    tree,
 )
 from retex_jax.experiment import Settings
-from retex_jax.experts import ExpertSet
-from retex_jax.identifier import IDENTIFIERS
-from retex_jax.mergers import MERGERS
-from retex_jax.offsets import adam, exact
-from retex_jax.offsets.state import plan_leaves
 
-_GIVEN_BY_THE_PROGRAM = {
-    "key",
-    "checkpoints",
-    "progress",
-    "task_weights",
-    "roots",
-    "file",
-    "preempted",
-}
 _REQUIRED = (
     "name",
     "seed",
@@ -137,9 +119,10 @@ def check(
     if model is not None:
         problems += _model_problems(settings, model)
         if evaluates:
-            problems += _method_problems(settings, model)
+            problems += method_checks.problems(settings, model)
+            problems += identifier_checks.problems(settings, model)
         if identifies:
-            problems += _identify_problems(settings, model)
+            problems += identifier_checks.comparison_problems(settings, model)
     if evaluates:
         try:
             plots.check_available()
@@ -302,156 +285,6 @@ def _model_problems(settings: Settings, model: Any) -> list[str]:
     if is_text and is_random:
         problems.append(f"model.name: {name!r} has random weights and no tokenizer to train with")
     return problems + language_checks.problems(settings, model)
-
-
-def _method_problems(settings: Settings, model: Any) -> list[str]:
-    problems = []
-    for name, options in settings["baselines"].items():
-        problems += _merger_problems("baselines", name, f"baselines.{name}", options)
-    spec = settings["offsets"]
-    problems += _merger_problems(
-        "offsets.base", spec["base"], "offsets.base_options", spec["base_options"]
-    )
-    leaves = tree.flatten(models.expected_params(model))
-    for rank in (spec["rank"], *spec["extra_ranks"]):
-        try:
-            plan_leaves(leaves, "flax", rank, spec["rank_rule"], spec["orientation"])
-        except ValueError as error:
-            problems.append(f"offsets.{error}")
-    if spec["solver"] not in ("exact", "adam"):
-        problems.append(f"offsets.solver: got {spec['solver']!r}, expected 'exact' or 'adam'")
-    if spec["solver"] == "adam" and (spec["budget"] or spec["task_weights"] != "equal"):
-        problems.append(
-            "offsets.solver: 'adam' takes no offsets.budget and no offsets.task_weights"
-        )
-    problems += _unknown_options("offsets.exact", spec["exact"], exact.fit) or _failure(
-        "offsets.exact", lambda: offsets.fit(_toy_experts(), rank=1, **spec["exact"])
-    )
-    # The toy experts are smaller than any fraction of them: what is positive counts as bytes enough.
-    budget = 1e6 if 0 < spec["budget"] < float("inf") else spec["budget"]
-    size = {"budget": budget} if budget else {"rank": 1}
-    size |= {name: spec[name] for name in ("sharing", "task_weights")}
-    problems += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
-    problems += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
-        "offsets.adam", lambda: adam.check_settings(**spec["adam"])
-    )
-    return problems + _identifier_problems(settings, model)
-
-
-def _identifier_problems(settings: Settings, model: Any) -> list[str]:
-    spec, config = settings["identifier"], model.config
-    problems = [
-        f"identifier.{name}: got {layer}, expected 1 to {config.num_layers}, "
-        "or 0 for the pooled output"
-        for name, layers in (("layer", (spec["layer"],)), ("layers", spec["layers"]))
-        for layer in layers
-        if not 0 <= layer <= config.num_layers
-    ]
-    if spec["kind"] not in IDENTIFIERS:
-        hint = tree.did_you_mean(spec["kind"], IDENTIFIERS)
-        known = sorted(IDENTIFIERS)
-        return [*problems, f"identifier.kind: got {spec['kind']!r}, expected one of {known}{hint}"]
-    problems += _forward_problems("identifier.max_forward", spec["max_forward"], config.num_layers)
-    if spec["search"]:
-        options = dict(spec["options"])
-    else:
-        options = experiment.identifier_options(spec)
-        if options.get("joint") and len(spec["layers"]) == 0:
-            problems.append("identifier.options.joint: got True, but identifier.layers has none")
-    found = IDENTIFIERS[spec["kind"]].problems(options)
-    problems += [f"identifier.options.{line}" for line in found]
-    return problems + _size_problems(options, spec["num_calibration"], config.width)
-
-
-def _forward_problems(where: str, value: Any, num_layers: int) -> list[str]:
-    if value * num_layers >= 1:
-        return []
-    return [f"{where}: got {value}, expected 1 / {num_layers} or more, the cost of one block"]
-
-
-def _identify_problems(settings: Settings, model: Any) -> list[str]:
-    """What `retex_jax.identify` needs besides."""
-    spec, tasks = settings["identify"], list(settings["tasks"])
-    problems = _forward_problems(
-        "identify.max_forward", spec["max_forward"], model.config.num_layers
-    )
-    try:
-        kinds = experiment.identifier_kinds(spec)
-        if not any(not IDENTIFIERS[kind].needs_experts for kind in kinds):
-            problems.append(f"identify.kinds: got {spec['kinds']!r}, expected one without experts")
-    except ValueError as error:
-        problems.append(str(error))
-    sizes = spec["calibration_sizes"]
-    if not all(isinstance(size, int) and size > 1 for size in sizes):
-        problems.append(f"identify.calibration_sizes: got {sizes}, expected integers of 2 or more")
-    if not 0 < spec["target"] <= 1:
-        problems.append(f"identify.target: got {spec['target']}, expected a fraction in (0, 1]")
-    if len(tasks) < 2:
-        problems.append(f"tasks: got {tasks}, expected two or more to identify")
-    for split in spec["unseen"]:
-        names = [split] if isinstance(split, str) else list(split)
-        if not names or not set(names) < set(tasks) or len(set(names)) < len(names):
-            problems.append(f"identify.unseen: got {names}, expected some of {tasks}, not all")
-    return problems
-
-
-def _size_problems(options: Mapping[str, Any], num_calibration: int, width: int) -> list[str]:
-    """What an identifier's options ask of more inputs or of wider features than there are."""
-    problems = []
-    rank, num_inputs = options.get("rank", 1), options.get("num_inputs") or 0
-    if not 1 <= rank < num_calibration:
-        problems.append(
-            f"identifier.rank: got {rank}, expected 1 to num_calibration - 1 = {num_calibration - 1}"
-        )
-    elif rank >= width:
-        problems.append(f"identifier.rank: got {rank}, expected less than the features' {width}")
-    if num_inputs > num_calibration:
-        problems.append(
-            f"identifier.options.num_inputs: got {num_inputs}, expected at most num_calibration = "
-            f"{num_calibration}"
-        )
-    if options.get("score") == "distance" and options.get("k", 10) > num_calibration:
-        problems.append(
-            f"identifier.options.k: got {options.get('k', 10)}, expected at most num_calibration = "
-            f"{num_calibration}"
-        )
-    return problems
-
-
-def _merger_problems(what: str, name: str, where: str, options: Mapping[str, Any]) -> list[str]:
-    if name not in MERGERS:
-        hint = tree.did_you_mean(name, MERGERS)
-        return [f"{what}: got {name!r}, expected one of {sorted(MERGERS)}{hint}"]
-    return _unknown_options(where, options, MERGERS[name]) or _failure(
-        where, lambda: MERGERS[name](_toy_experts(), **options)
-    )
-
-
-def _toy_experts() -> ExpertSet:
-    """The smallest experts, to try options on."""
-    pretrained_params = {"kernel": np.eye(2, dtype=np.float32)}
-    return ExpertSet.from_trees(pretrained_params, [{"kernel": np.ones((2, 2), np.float32)}])
-
-
-def _failure(where: str, attempt: Callable[[], Any]) -> list[str]:
-    try:
-        attempt()
-    except (TypeError, ValueError) as error:
-        return [f"{where}: {error}"]
-    return []
-
-
-def _unknown_options(where: str, options: Mapping[str, Any], function: Any) -> list[str]:
-    known = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in _GIVEN_BY_THE_PROGRAM
-    ]
-    return [
-        f"{where}.{name}: unknown, expected some of {known}"
-        for name in options
-        if name not in known
-    ]
 
 
 def _entries(value: Any, prefix: str = "") -> dict[str, Any]:

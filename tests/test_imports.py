@@ -56,6 +56,8 @@ PROGRAMS = {
     "export",
     "finetune",
     "finetune_clip",
+    "identifier_checks",
+    "method_checks",
     "training",
     "identification",
     "identify",
