@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retex_jax.data import folders, prepared
+from retex_jax.data import archives, folders, prepared
 from retex_jax.data.folders import Source
 from retex_jax.data.images import Images, raise_all
 from retex_jax.data.prepared import data_root
@@ -187,6 +187,8 @@ def how_to_get(spec: DataSet, root: str | os.PathLike = "") -> str:
         repository, _, configuration = spec.hub.partition(":")
         revision = "refs/convert/parquet"
         ways.append(prepared.hub_command(repository, folder, configuration, revision))
+    if spec.archives:
+        ways.append(archives.command(spec.archives, data_root(root)))
     ways.append(f"images of {spec.where} as {folder}/SPLIT/CLASS/* or {folder}/CLASS/*")
     return "; or ".join(ways)
 

@@ -13,6 +13,9 @@ draw of EuroSAT was never published: ours is another one, of our seed.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from retex_jax.data import archives
+from retex_jax.data.archives import Archive
+
 _PHOTO = ("a photo of a {}.", "an image that shows a {}.")
 _DIGIT = ("a picture of the number {}.", "the digit {}.")
 _LETTER = ("a picture of the handwritten character {}.", "the character {}.")
@@ -36,6 +39,8 @@ class DataSet:
       num_test: test examples as published or as split here; 0 where it is not known to us.
       readable: label of the source to words, where the label itself is none.
       templates: prompts with "{}" for the class.
+      archives: that hold it as image folders, with published checksums; () if we know of none. What
+        tensorflow-datasets and the hub bring is checked by them.
     """
 
     name: str
@@ -50,6 +55,7 @@ class DataSet:
     num_test: int = 0
     readable: Mapping[str, str] = field(default_factory=dict)
     templates: tuple[str, ...] = _PHOTO
+    archives: tuple[Archive, ...] = ()
 
     def splits(self, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The splits of "tfds" or "hub" that are trained and tested on."""
@@ -119,6 +125,7 @@ _ALL = (
         tfds="sun397/standard-part1-120k",
         hub="tanganke/sun397",
         templates=("a photo of a {}.", "a photo taken at a {}."),
+        archives=archives.SUN397,
     ),
     DataSet(
         "stanford-cars",
@@ -164,6 +171,7 @@ _ALL = (
             "SeaLake": "sea or lake",
         },
         templates=("a satellite image of a {}.", "a {} seen from space."),
+        archives=archives.EUROSAT,
     ),
     DataSet(
         "svhn",
@@ -205,6 +213,7 @@ _ALL = (
         hub="tanganke/dtd",
         train={"tfds": _BOTH},
         templates=("a photo of a {} texture.", "a surface that looks {}."),
+        archives=archives.DTD,
     ),
     DataSet(
         "cifar100",
@@ -328,6 +337,7 @@ _ALL = (
         hub="nateraw/rendered-sst2",
         readable={"negative": "negative", "positive": "positive", "0": "negative", "1": "positive"},
         templates=("a {} review of a film, as a picture of its text.",),
+        archives=archives.RENDERED_SST2,
     ),
     DataSet(
         "kmnist",
@@ -381,11 +391,13 @@ _ALL = (
         3,
         "github.com/AI-Lab-Makerere/ibean",
         "MIT",
+        num_test=128,
         tfds="beans",
         hub="AI-Lab-Makerere/beans",
         train={"tfds": _BOTH, "hub": _BOTH},
         readable={"healthy": "no disease"},
         templates=("a photo of a bean leaf with {}.", "a leaf of a bean plant that has {}."),
+        archives=archives.BEANS,
     ),
     DataSet(
         "landscape",
