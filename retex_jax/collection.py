@@ -103,9 +103,7 @@ def _check_heads(tasks: Sequence[data.Task], heads: dict[str, recovery.Head]) ->
     """
     problems = []
     for task in tasks:
-        head = heads[task.name]
-        last = head.get("classifier") or head.get("out_proj") or head
-        found = last["kernel"].shape[1] if last else 0
+        found = huggingface.num_outputs(heads[task.name])
         if found != task.num_outputs:
             problems.append(
                 f"experts: the head of {task.name} has {found} outputs, expected {task.num_outputs}"

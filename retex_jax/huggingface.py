@@ -5,8 +5,7 @@ classifier, whose head travels with its task; a PEFT adapter of the pretrained m
 CLIP, whose head is made of class names by the pretrained text tower (arXiv:2103.00020, section 3.1).
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from retex_jax import convert, data, lora, models, tree
+from retex_jax.classifiers import AdapterTensors, adapter_config
 from retex_jax.convert import hub
 from retex_jax.convert.architectures import ARCHITECTURES, Architecture, identify, load
 from retex_jax.convert.inspection import is_adapter
@@ -27,7 +27,6 @@ from retex_jax.sources import SafetensorsSource, Source
 MODEL_NAME = "huggingface"
 """What settings call a model that comes from a snapshot."""
 
-_LAST_WEIGHT = re.compile(r"(.*\.)?(classifier(\.out_proj)?|score)\.weight")
 _CLIP_TEXT_LENGTH = 77
 _TEMPLATES = ("a photo of a {}.",)
 
@@ -115,7 +114,7 @@ def load_backbone(
     """
     architecture, hf_config = _describe(located)
     model = _backbone((architecture, hf_config), options)
-    source = _pretrained_source(located, model, architecture)
+    source = pretrained_source(located.pretrained, model, architecture)
     params = tree.unflatten({name: source.read(name) for name in source.leaves})
     encode = load_encoder(located, model, max_length)
     return Backbone(model, params, encode, f"snapshot {located.pretrained}", architecture.name)
@@ -149,18 +148,46 @@ def open_experts(located: Located, backbone: Backbone) -> tuple[ExpertSet, dict[
     Raises:
       ValueError: listing every tensor that does not fit.
     """
-    architecture, _ = _describe(located)
     opened = {
-        task: _open(folder, located.pretrained, backbone.model)
+        task: open_expert(folder, located.pretrained, backbone.model)
         for task, folder in located.experts.items()
     }
     experts = ExpertSet.from_sources(
-        _pretrained_source(located, backbone.model, architecture),
+        open_pretrained(located, backbone.model),
         [expert.leaves for expert in opened.values()],
         names=list(opened),
         layout="flax",
     )
     return experts, {task: expert.head for task, expert in opened.items()}
+
+
+def open_pretrained(located: Located, backbone: nn.Module) -> Source:
+    """Opens the pretrained backbone, headers only.
+
+    Raises:
+      ValueError: listing every tensor that does not fit.
+    """
+    return pretrained_source(located.pretrained, backbone, _describe(located)[0])
+
+
+def num_outputs(head: Head) -> int:
+    """The outputs of a head of a classifier; 0 of none."""
+    last = head.get("classifier") or head.get("out_proj") or head
+    return last["kernel"].shape[1] if last else 0
+
+
+def check_zero_shot(pretrained: Path) -> None:
+    """Makes sure that a snapshot can make heads of class names.
+
+    Raises:
+      ValueError: if the folder holds no CLIPModel or no tokenizer.
+    """
+    if identify(Snapshot(pretrained).require_config()).name != "CLIPModel":
+        raise ValueError(
+            f"{pretrained}: expected a CLIPModel, whose text tower makes the heads of experts that "
+            "have none"
+        )
+    tokenizer_file(pretrained)
 
 
 def zero_shot_heads(
@@ -179,13 +206,8 @@ def zero_shot_heads(
     Raises:
       ValueError: if the folder holds no CLIPModel or no tokenizer, or a template has no "{}".
     """
-    snapshot = Snapshot(pretrained)
-    if identify(snapshot.require_config()).name != "CLIPModel":
-        raise ValueError(
-            f"{pretrained}: expected a CLIPModel, whose text tower makes the heads of experts that "
-            "have none"
-        )
-    clip = load(snapshot)
+    check_zero_shot(pretrained)
+    clip = load(pretrained)
     encode = _tokenizer(pretrained, _CLIP_TEXT_LENGTH)
     projection = {"kernel": np.asarray(clip.params["vision"]["projection"]["kernel"])}
     text = models.ClipText(clip.model.text_config)
@@ -226,8 +248,8 @@ def _read(folder: Path, pretrained: Path) -> tuple[Mapping[str, Any], Architectu
     if not is_adapter(folder):
         snapshot = Snapshot(folder)
         return snapshot, *_identify(snapshot)
-    tensors = _AdapterTensors(lora.LoraSource(folder, SafetensorsSource(pretrained)))
-    hf_config = _adapter_config(Snapshot(pretrained).require_config(), tensors)
+    tensors = AdapterTensors(lora.LoraSource(folder, SafetensorsSource(pretrained)))
+    hf_config = adapter_config(Snapshot(pretrained).require_config(), tensors)
     return tensors, identify(hf_config), hf_config
 
 
@@ -253,15 +275,35 @@ def _backbone(described: tuple[Architecture, dict[str, Any]], options: Mapping[s
     return model.backbone if isinstance(model, models.SequenceClassifier) else model
 
 
-def _pretrained_source(located: Located, model: nn.Module, architecture: Architecture) -> Source:
-    snapshot = Snapshot(located.pretrained)
+def pretrained_source(pretrained: Path, model: nn.Module, architecture: Architecture) -> Source:
+    """The leaves of the pretrained backbone.
+
+    Args:
+      pretrained: its folder; a head that it may have is read past.
+      model: the backbone.
+      architecture: of the experts.
+
+    Raises:
+      ValueError: listing every tensor that does not fit.
+    """
+    snapshot = Snapshot(pretrained)
     own, hf_config = _identify(snapshot)
     if architecture.name.endswith("Classification"):
         own = identify(hf_config, "none")
     return convert.ConvertedSource(snapshot, own.table(model), models.expected_params(model))
 
 
-def _open(folder: Path, pretrained: Path, backbone: nn.Module) -> Expert:
+def open_expert(folder: Path, pretrained: Path, backbone: nn.Module) -> Expert:
+    """Opens one expert, headers only but for its head.
+
+    Args:
+      folder: the expert's.
+      pretrained: the folder of the pretrained model.
+      backbone: from `build_model`.
+
+    Raises:
+      ValueError: listing every tensor that does not fit.
+    """
     tensors, architecture, hf_config = _read(folder, pretrained)
     model = architecture.from_hf(hf_config)
     if not isinstance(model, models.SequenceClassifier):
@@ -278,40 +320,6 @@ def _open(folder: Path, pretrained: Path, backbone: nn.Module) -> Expert:
         _Part(source, "backbone/"),
         tree.unflatten({name: head.read(name) for name in head.leaves}),
     )
-
-
-def _adapter_config(hf_config: dict[str, Any], tensors: "_AdapterTensors") -> dict[str, Any]:
-    """The config of what an adapter makes: a classifier where it brings a head, else the same model."""
-    heads = [spec for name, spec in tensors.extra.items() if _LAST_WEIGHT.fullmatch(name)]
-    if not heads:
-        return hf_config
-    model_type = hf_config.get("model_type")
-    names = [
-        name
-        for name, entry in ARCHITECTURES.items()
-        if entry.model_type == model_type and name.endswith("ForSequenceClassification")
-    ]
-    config = {key: value for key, value in hf_config.items() if key != "id2label"}
-    return {**config, "architectures": names, "num_labels": heads[0].shape[0]}
-
-
-class _AdapterTensors(Mapping[str, Any]):
-    """A LoRA expert as torch tensors, each computed when it is read."""
-
-    def __init__(self, source: lora.LoraSource):
-        self._source = source
-        self.extra = {name.replace("/", "."): spec for name, spec in source.extra.items()}
-        self.specs = {name.replace("/", "."): spec for name, spec in source.leaves.items()}
-        self.specs |= self.extra
-
-    def __getitem__(self, name: str) -> Any:
-        return np.asarray(self._source.read(name.replace(".", "/")))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
 
 
 class _Part:

@@ -13,6 +13,7 @@ from retex_jax import (
     method_checks,
     plots,
     pretrained,
+    snapshot_checks,
 )
 from retex_jax.experiment import Settings
 
@@ -118,6 +119,7 @@ def check(
         problems += str(error).splitlines()
     if model is not None:
         problems += _model_problems(settings, model)
+        problems += snapshot_checks.problems(settings, model)
         if evaluates:
             problems += method_checks.problems(settings, model)
             problems += identifier_checks.problems(settings, model)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 from tiny_snapshots import WORDS, clip_snapshots, roberta_snapshots, shifted
 
 from retex_jax import (
@@ -114,6 +115,29 @@ def test_damaged_snapshot_stops_before_any_work(tmp_path):
     with tiny.world(tmp_path / "cache"), pytest.raises(ValueError, match=r"bars.*safetensors"):
         train.train(clip_config(tmp_path), tmp_path / "workdir")
     assert not (tmp_path / "workdir/results.json").exists()
+
+
+def test_dry_run_compares_all_tensors(tmp_path):
+    clip_snapshots(tmp_path)
+    config = clip_config(tmp_path)
+    with tiny.world(tmp_path / "cache"):
+        assert preflight.missing(command_line.as_dict(config)) == []
+        key = "vision_model.encoder.layers.0.mlp.fc1.bias"
+        for name in ("bars", "rings"):
+            path = tmp_path / f"owner/{name}/model.safetensors"
+            tensors = load_file(path)
+            if name == "bars":
+                tensors[key] = np.zeros(7, np.float32)
+                tensors["vision_model.more"] = np.zeros(1, np.float32)
+            else:
+                del tensors[key]
+            save_file(tensors, path)
+        config.experts.pretrained = "owner/dots"
+        text = "\n".join(preflight.missing(command_line.as_dict(config)))
+    bars, rings = (f"experts: {tmp_path}/owner/{name}: " for name in ("bars", "rings"))
+    assert f"{bars}misshaped: {key}" in text and f"{bars}extra: vision_model.more" in text
+    assert f"{rings}missing: {key}" in text
+    assert f"experts: {tmp_path}/owner/dots: expected a CLIPModel" in text
 
 
 def test_tower_without_a_clip_has_no_head(tmp_path):

@@ -47,6 +47,7 @@ INFRA = {
 RECOVERY = {"recovery", "release"}
 PROGRAMS = {
     "bench",
+    "classifiers",
     "collection",
     "command_line",
     "compare",
@@ -68,6 +69,7 @@ PROGRAMS = {
     "huggingface",
     "language_checks",
     "serving",
+    "snapshot_checks",
     "task_features",
     "train",
     "unseen",

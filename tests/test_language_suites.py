@@ -366,6 +366,8 @@ def test_head_of_another_task_is_refused(tmp_path):
     stand_ins.write_glue(tmp_path / "datasets", config.tasks)
     stand_ins.write_classifiers(tmp_path / "checkpoints", config)
     config.experts.repositories = (config.experts.repositories[1], config.experts.repositories[0])
+    found = problems(config, tmp_path)
+    assert "experts: the head of cola has 3 outputs, expected 2" in found
     with (
         tiny.world(tmp_path / "cache"),
         pytest.raises(ValueError, match=r"head of cola has 3 outputs, expected 2\n.*mnli has 2"),

@@ -22,6 +22,7 @@ from retex_jax.data.loading import (
     data_set_problems,
     load_task,
     make_task,
+    num_outputs,
     num_test,
 )
 from retex_jax.data.prepared import data_root
@@ -66,6 +67,7 @@ __all__ = [
     "materialize",
     "mixed",
     "mixed_batches",
+    "num_outputs",
     "num_test",
     "padded_batches",
     "read_member",

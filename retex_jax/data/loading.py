@@ -52,6 +52,11 @@ def num_test(name: str) -> int | None:
     return specs[name].num_test or None if name in specs else None
 
 
+def num_outputs(name: str) -> int | None:
+    """How many outputs the head of one of GLUE's tasks has; None of other tasks."""
+    return (len(GLUE[name].classes) or 1) if name in GLUE else None
+
+
 def load_task(
     name: str,
     *,
