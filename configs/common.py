@@ -1,4 +1,15 @@
-"""What the experiments have in common; each experiment file changes what it is about."""
+"""What the experiments have in common; each experiment file changes what it is about.
+
+Sweeps, with the name of any suite:
+
+    python -m retex_jax.train --config=configs/SUITE.py --config.offsets.extra_ranks="(16, 64, 128)"
+    python experiments/retex_figure_3.py --suite=SUITE       # rank, over three merged models
+    python experiments/retex_figure_4.py --suite=SUITE       # d_emb, the size of the task embeddings
+    python -m retex_jax.compare --config=configs/SUITE.py --config.num_seeds=5      # of methods that are random
+    python -m retex_jax.compare --config=configs/SUITE.py --config.expert_seeds="(0, 1, 2)"   # of experts made here
+
+Experts that are snapshots have no seeds; others of theirs are other repositories.
+"""
 
 from ml_collections import ConfigDict
 
@@ -52,16 +63,33 @@ VISION = (
 _CHECKPOINTS = {"fashion-mnist": "fashion_mnist"}
 
 
-def vision_suite(name: str, backbone: str, num_tasks: int) -> ConfigDict:
+def own(config: ConfigDict, experts: str) -> ConfigDict:
+    """A suite on public experts, or on those that configs/finetune_*.py write to ROOT/own.
+
+    Args:
+      config: of the suite, which names public experts.
+      experts: "" for them, "own" for those that were fine-tuned here.
+    """
+    if experts not in ("", "own"):
+        raise ValueError(f"experts: got {experts!r}, expected '' or 'own'")
+    if experts:
+        config.name = f"{config.name}_own"
+        base = config.experts.pretrained.rpartition("/")[2]
+        config.experts.repositories = tuple(f"own/{base}_{task}" for task in config.tasks)
+    return config
+
+
+def vision_suite(name: str, backbone: str, num_tasks: int, experts: str = "") -> ConfigDict:
     """CLIP and the first data sets of the papers, on their whole test splits.
 
     The first twenty have public checkpoints (of FusionBench). The last ten have none that we know of: their experts
-    are to be fine-tuned and put into ROOT/own as vision towers.
+    are to be fine-tuned by configs/finetune_clip.py.
 
     Args:
       name: of the experiment.
       backbone: "base-patch32", "base-patch16" or "large-patch14".
       num_tasks: 8, 14, 20 or 30.
+      experts: as for `own`.
     """
     config = get_config()
     config.name = name
@@ -75,6 +103,43 @@ def vision_suite(name: str, backbone: str, num_tasks: int) -> ConfigDict:
         for task in config.tasks
     )
     config.offsets.rank = 256
+    return own(config, experts)
+
+
+def fine_tuning(name: str, pretrained: str, task: str) -> ConfigDict:
+    """One expert of a snapshot, on the whole of its task.
+
+    Args:
+      name: of the experiment.
+      pretrained: repository or folder.
+      task: which is fine-tuned where no other is given.
+    """
+    config = get_config()
+    config.name = name
+    config.task = task
+    config.model.name = "huggingface"
+    config.model.options = {"dtype": "bfloat16"}
+    config.data.max_train = None
+    config.data.max_val = 5000
+    config.data.max_test = None
+    config.data_sets.root = "datasets"
+    config.experts.root = "checkpoints"
+    config.experts.pretrained = pretrained
+    config.finetune = {
+        "steps": 2000,  # 0: as many as `epochs` take
+        "epochs": 0.0,
+        "batch_size": 128,
+        "accumulate": 1,  # parts of a batch, taken one after the other
+        "bucket": 1,  # batches whose texts are drawn together, and divided by length
+        "learning_rate": 1e-5,
+        "learning_rates": {},  # task: its own
+        "weight_decay": 0.1,
+        "decay_vectors": True,  # whether biases and scales decay as well
+        "schedule": "cosine",  # or "linear"
+        "warmup": 200.0,  # steps, or below 1 a fraction of them
+        "keep_best": False,  # of the parameters after each epoch, by the validation part
+        "checkpoint_every": 200,
+    }
     return config
 
 

@@ -4,9 +4,10 @@
 
 Needs `pip install 'retex_jax[hub,language]'`. checkpoints/ holds gpt2 and the experts, datasets/ holds GLUE; --dry_run
 names what is missing, with the command that gets each. Hardware: not run here, as there is no network; 124M parameters
-a model, so 5 GB of host memory hold all of them, and one GPU evaluates them. Test inputs are GLUE's whole validation
-sets (58 thousand), cut to 512 tokens as in the code that trained the experts (fusion_bench); the two texts of a pair
-follow each other without a separator, and the last token is classified.
+a model, so 5 GB of host memory hold all of them, and one GPU evaluates them; --dry_run says in what memory and time.
+Sweeps: see configs/common.py. Test inputs are GLUE's whole validation sets (58 thousand), cut to 512 tokens as in the
+code that trained the experts (fusion_bench); the two texts of a pair follow each other without a separator, and the
+last token is classified.
 
 Expected, ReTeX (arXiv:2606.26902), Table 8, with the task known: individual experts CoLA 76.8, MNLI 82.1, MRPC 80.4,
 QNLI 88.3, QQP 89.6, RTE 65.3, SST-2 91.2, mean 82.0; Weight Averaging 56.1, Task Arithmetic 70.0, TIES 70.0, EMR 80.4,
@@ -18,8 +19,8 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config() -> ConfigDict:
-    """The experiment."""
+def get_config(experts: str = "") -> ConfigDict:
+    """The experiment; experts: "" for the public ones, "own" for those of configs/finetune_gpt2.py."""
     config = common.get_config()
     config.name = "gpt2_glue7"
     config.model.name = "huggingface"
@@ -32,4 +33,4 @@ def get_config() -> ConfigDict:
     config.experts.pretrained = "openai-community/gpt2"
     config.experts.repositories = tuple(f"tanganke/gpt2_{task}" for task in config.tasks)
     config.offsets.rank = 256
-    return config
+    return common.own(config, experts)

@@ -6,7 +6,8 @@ Needs `pip install 'retex_jax[hub,language]'`. checkpoints/ holds Qwen-14B and t
 --dry_run names what is missing, with the command that gets each. The first Qwen comes without a tokenizer.json: one of
 the same vocabulary, such as that of Qwen/Qwen1.5-14B, is to be put beside its weights (that they agree was not checked
 here). Hardware: not run here; 14.2 billion parameters are 28 GB in bfloat16 and 57 GB in float32, a model. The experts
-are read leaf by leaf, but the merged model, an expert and the offsets have to fit.
+are read leaf by leaf, but the merged model, an expert and the offsets have to fit; --dry_run says in what memory and
+time. Sweeps: see configs/common.py.
 
 A smaller Qwen2, or any decoder, has the same command:
 `--config.experts.pretrained=... --config.experts.repositories="('a/b', 'c/d', 'e/f')"`.

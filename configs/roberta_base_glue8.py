@@ -3,10 +3,11 @@
     python -m retex_jax.train --config=configs/roberta_base_glue8.py
 
 Needs `pip install 'retex_jax[hub,language]'`. checkpoints/ holds roberta-base and the experts, datasets/ holds GLUE;
---dry_run names what is missing, with the command that gets each. The experts' repository holds pickles:
---dry_run says of each that it is to be written as safetensors. Hardware: not run here, as there is no network; 124M
-parameters a model, so 5 GB of host memory hold all of them, and one GPU evaluates them. Test inputs are GLUE's whole
-validation sets (60 thousand), cut to 128 tokens as in the code that trained the experts (MergeLM).
+--dry_run names what is missing, with the command that gets each. The experts' repository holds pickles: --dry_run says
+of each that it is to be written as safetensors. Hardware: not run here, as there is no network; 124M parameters a
+model, so 5 GB of host memory hold all of them, and one GPU evaluates them; --dry_run says in what memory and time.
+Sweeps: see configs/common.py. Test inputs are GLUE's whole validation sets (60 thousand), cut to 128 tokens as in the
+code that trained the experts (MergeLM).
 
 Expected, ReTeX (arXiv:2606.26902), Table 3, with the task known: individual experts CoLA .6018, SST-2 .9404, MRPC
 .8922, STS-B .9063, QQP .9141, MNLI .8720, QNLI .9271, RTE .7906, mean .8556 (the same in DTS, Table 2); Task Arithmetic
@@ -23,8 +24,8 @@ from configs import common
 _RATES = {"mrpc": "5e-05"}
 
 
-def get_config() -> ConfigDict:
-    """The experiment."""
+def get_config(experts: str = "") -> ConfigDict:
+    """The experiment; experts: "" for the public ones, "own" for those of configs/finetune_roberta.py."""
     config = common.get_config()
     config.name = "roberta_base_glue8"
     config.model.name = "huggingface"
@@ -39,4 +40,4 @@ def get_config() -> ConfigDict:
         for task in config.tasks
     )
     config.offsets.rank = 256
-    return config
+    return common.own(config, experts)

@@ -6,7 +6,9 @@ DIR holds one snapshot folder a repository, as `hf download REPOSITORY --local-d
 folder a data set, or what tensorflow-datasets prepared. --dry_run names what is missing of both and the command that
 gets it, and downloads nothing.
 
-Hardware: one machine; the snapshots take 4.8 GB on disk. Not run here, for want of the checkpoints and the data.
+Hardware: one machine; the snapshots take 4.8 GB on disk. Not run here, for want of the checkpoints and the data;
+--dry_run says which memory and time it takes on the machine at hand. Sweeps of rank, d_emb and seeds: see
+configs/common.py.
 
 Expected: the paper reports, of its own checkpoints at rank 256, 92.8 for the individual experts, 69.5 for Weight
 Averaging, 92.5 recovered with the task known and 91.9 with the task unknown (ReTeX, arXiv:2606.26902, Table 1; %
@@ -18,6 +20,6 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config() -> ConfigDict:
-    """The experiment."""
-    return common.vision_suite("vit_b16_14", "base-patch16", 14)
+def get_config(experts: str = "") -> ConfigDict:
+    """The experiment; experts: "" for the public ones, "own" for those of configs/finetune_clip.py."""
+    return common.vision_suite("vit_b16_14", "base-patch16", 14, experts)

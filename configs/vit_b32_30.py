@@ -4,10 +4,12 @@
 
 DIR holds one snapshot folder a repository, as `hf download REPOSITORY --local-dir DIR/REPOSITORY` leaves it; DATA one
 folder a data set, or what tensorflow-datasets prepared. --dry_run names what is missing of both and the command that
-gets it, and downloads nothing. The last ten experts have no public checkpoint that we know of: fine-tune them, and
-put each as a vision tower into DIR/own/clip-vit-base-patch32_TASK.
+gets it, and downloads nothing. The last ten experts have no public checkpoint that we know of: configs/finetune_clip.py
+makes each, in DIR/own/clip-vit-base-patch32_TASK, where they are looked for.
 
-Hardware: one machine; the snapshots take 10.5 GB on disk. Not run here, for want of the checkpoints and the data.
+Hardware: one machine; the snapshots take 10.5 GB on disk. Not run here, for want of the checkpoints and the data;
+--dry_run says which memory and time it takes on the machine at hand. Sweeps of rank, d_emb and seeds: see
+configs/common.py.
 
 Expected: the paper reports, of its own checkpoints at rank 256, 93.1 for the individual experts, 59.1 for Weight
 Averaging, 92.9 recovered with the task known and 92.3 with the task unknown (ReTeX, arXiv:2606.26902, Table 2; %
@@ -19,6 +21,6 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config() -> ConfigDict:
-    """The experiment."""
-    return common.vision_suite("vit_b32_30", "base-patch32", 30)
+def get_config(experts: str = "") -> ConfigDict:
+    """The experiment; experts: "" for the public ones, "own" for those of configs/finetune_clip.py."""
+    return common.vision_suite("vit_b32_30", "base-patch32", 30, experts)

@@ -332,9 +332,10 @@ def _docstring(script: str) -> str:
 
 
 def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    no_suites = ("common", "finetune_clip")
     suites = sorted(
-        path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in no_suites
+        path.stem
+        for path in (ROOT / "configs").glob("*.py")
+        if path.stem != "common" and not path.stem.startswith("finetune_")
     )
     parser = argparse.ArgumentParser(
         description=shows, formatter_class=argparse.RawDescriptionHelpFormatter

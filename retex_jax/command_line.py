@@ -1,8 +1,8 @@
 """Experiment files and the command line that overrides them; used by the programs only."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -33,6 +33,17 @@ def define_config() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config", help_string="experiment file, such as configs/demo.py; --config.x.y=V overrides"
     )
+
+
+def define_dry_run() -> flags.FlagHolder:
+    """Defines --dry_run."""
+    return flags.DEFINE_bool("dry_run", False, "only check what is missing; downloads nothing")
+
+
+def end_dry_run(problems: Sequence[str], takes: Sequence[str]) -> NoReturn:
+    """Prints what keeps a program from running, and what it takes; exits with 1 if there is a problem."""
+    print("\n".join([*(problems or ["everything that this experiment needs is here"]), *takes]))
+    sys.exit(1 if problems else 0)
 
 
 def run(main: Callable[[], None], required: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run takes, from shapes alone: bytes on disk, memory of a device, time. For --dry_run.
+"""What a run or the fine-tuning of an expert takes, from shapes alone: bytes on disk, memory, time. For --dry_run.
 
 Nothing is read, and no model is allocated. A forward pass is counted as its matrix products: two operations a weight
 and token, and the products of attention. Texts count at their full length. Time is what these take at the rate of a
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retex_jax import data, experiment, finetune, models, tree
+from retex_jax import data, experiment, finetune_snapshot, finetune_steps, models, tree
 from retex_jax.experiment import Settings
 from retex_jax.offsets.state import plan_leaves
 
@@ -120,6 +120,46 @@ def lines(settings: Settings) -> list[str]:
     ]
 
 
+def training_lines(settings: Settings) -> list[str]:
+    """What the fine-tuning of settings["task"] takes, in words; one line each, of which there may be none."""
+    try:
+        model = build_model(settings)
+    except (ValueError, OSError):
+        return ["what it takes can be estimated when the model is known and the settings are right"]
+    spec, length = settings["finetune"], settings["model"]["max_length"]
+    leaves, part = _leaves(model), max(1, spec["batch_size"] // max(spec["accumulate"], 1))
+    model_bytes = tree.param_bytes(leaves)
+    kept = 3 + spec["keep_best"]  # parameters, two moments, and the best parameters
+    activations = block_bytes(model, length) * model.config.num_layers * part
+    memory = (kept + 1) * model_bytes + activations // jax.device_count()
+    steps = num_steps(settings)
+    took = f"time: not known, as the training examples of {settings['task']} are not"
+    if steps:
+        flops = _TRAINED * steps * spec["batch_size"] * forward_flops(model, length)
+        rate = matmul_rate(model.config.dtype) * jax.device_count()
+        texts = "" if "image" in model.example_batch() else ", texts at full length"
+        took = (
+            f"time: {_duration(flops / rate)} for {steps:,} steps, {flops:.1e} operations of the model{texts}, at "
+            f"{rate:.1e} a second as measured here; reading, decoding and evaluation come on top"
+        )
+    return [
+        f"model: {sum(leaf.size for leaf in leaves.values()):,} parameters, {_bytes(model_bytes)}",
+        f"disk: {_bytes(2 * model_bytes)} of pretrained model and expert, {_bytes(kept * model_bytes)} of checkpoints",
+        f"memory: about {_bytes(memory)} on each of {jax.device_count()} devices "
+        f"({jax.devices()[0].device_kind})",
+        took,
+    ]
+
+
+def num_steps(settings: Settings) -> int | None:
+    """Steps of the fine-tuning of settings["task"]; None where the size of its training set is needed and not known."""
+    spec = settings["finetune"]
+    examples = data.num_train(settings["task"])
+    if not spec["steps"] and examples is None:
+        return None
+    return finetune_steps.length(examples or 0, spec["batch_size"], spec["steps"], spec["epochs"])
+
+
 def build_model(settings: Settings) -> Any:
     """The module of an experiment; where its snapshots are missing, that of a known repository.
 
@@ -127,6 +167,8 @@ def build_model(settings: Settings) -> Any:
       ValueError: if there is no snapshot, and the repository is not known.
     """
     try:
+        if "task" in settings:
+            return finetune_snapshot.build_model(settings)
         return experiment.build_model(settings, offline=True)
     except (ValueError, OSError):
         name = settings["experts"]["pretrained"]
@@ -215,7 +257,9 @@ def _tokens(model: Any, length: int) -> int:
 def _experts_to_make(settings: Settings) -> int:
     if experiment.from_snapshots(settings):
         return 0
-    return len(finetune.missing_experts(experiment.experts_directory(settings), settings["tasks"]))
+    return len(
+        experiment.missing_experts(experiment.experts_directory(settings), settings["tasks"])
+    )
 
 
 def _bytes(count: float) -> str:

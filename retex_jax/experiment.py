@@ -5,7 +5,7 @@ The settings are an experiment file (configs/) as plain values, checked by `rete
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,32 @@ def load(settings: Settings) -> tuple[pretrained.Backbone, list[data.Task]]:
         backbone = pretrained.load_backbone(
             spec["name"], spec["options"], max_length=spec["max_length"], seed=settings["seed"]
         )
-    image_size = getattr(backbone.model.config, "image_size", None)
-    options = dict(settings["language"])
-    metrics = options.pop("metrics")
-    tasks = [
-        data.load_task(
-            name,
-            image_size=image_size,
-            encode=backbone.encode,
-            root=settings["data_sets"]["root"],
-            language={"metric": metrics.get(name, ""), **options},
-            **settings["data"],
-        )
-        for name in settings["tasks"]
+    return backbone, [
+        load_task(settings, name, backbone.model, backbone.encode) for name in settings["tasks"]
     ]
-    return backbone, tasks
+
+
+def load_task(
+    settings: Settings, name: str, model: nn.Module, encode: pretrained.Encode | None
+) -> data.Task:
+    """Loads a task for a model.
+
+    Args:
+      settings: a checked experiment.
+      name: of the task.
+      model: the backbone, whose image size is taken.
+      encode: what turns texts into its inputs, if it reads any.
+    """
+    options = dict(settings["language"])
+    metric = options.pop("metrics").get(name, "")
+    return data.load_task(
+        name,
+        image_size=getattr(model.config, "image_size", None),
+        encode=encode,
+        root=settings["data_sets"]["root"],
+        language={"metric": metric, **options},
+        **settings["data"],
+    )
 
 
 def hf_config(backbone: pretrained.Backbone) -> dict[str, Any]:
@@ -143,6 +154,11 @@ def experts_directory(settings: Settings) -> Path:
     """Where the experts lie: `experts.root`, or experts/CHECKPOINT_SET in the cache folder."""
     root = settings["experts"]["root"]
     return Path(root) if root else data.cache_dir() / "experts" / checkpoint_set(settings)
+
+
+def missing_experts(directory: Path, names: Sequence[str]) -> list[str]:
+    """The tasks whose expert, fine-tuned here, is not complete in the directory."""
+    return [name for name in names if not (directory / f"{name}.json").is_file()]
 
 
 def offset_size(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,11 @@ A linear head a task, which is never merged, is first fitted to the frozen pretr
 accuracy is the floor that the expert must beat); then head and backbone are trained together (arXiv:2202.10054) by
 AdamW with linear warm-up and cosine decay. Each expert is written as TASK.safetensors (backbone leaves and head/kernel,
 head/bias) with a TASK.json beside it. Experts that exist are kept; an interrupted one goes on from its last checkpoint
-and ends bitwise equal to an uninterrupted run.
+and ends bitwise equal to an uninterrupted run. --dry_run only checks, as `retex_jax.train` does.
+
+    python -m retex_jax.finetune --config=configs/finetune_clip.py --config.task=sun397
+
+is for one expert of a Hugging Face snapshot: see `retex_jax.finetune_snapshot`.
 """
 
 import contextlib
@@ -15,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +30,10 @@ from retex_jax import (
     artifact,
     command_line,
     data,
+    estimate,
     experiment,
     files,
-    finetune_clip,
+    finetune_snapshot,
     logging,
     metrics,
     preflight,
@@ -249,11 +254,6 @@ def _accuracies(model: Any, params: Params, task: data.Task, batch_size: int) ->
     return result
 
 
-def missing_experts(directory: Path, names: Sequence[str]) -> list[str]:
-    """The tasks whose expert is not complete in the directory."""
-    return [name for name in names if not (directory / f"{name}.json").is_file()]
-
-
 def build_experts(
     backbone: Backbone,
     tasks: Sequence[data.Task],
@@ -280,7 +280,7 @@ def build_experts(
     """
     _check_set(directory, checkpoint_set)
     names = [task.name for task in tasks]
-    if missing_experts(directory, names):
+    if experiment.missing_experts(directory, names):
         directory.mkdir(parents=True, exist_ok=True)
         with logging.WorkdirLock(directory):
             _check_set(directory, checkpoint_set)
@@ -289,7 +289,7 @@ def build_experts(
             if not path.is_file():
                 artifact.save_safetensors(path, tree.flatten(backbone.params))
             for task in tasks:
-                if missing_experts(directory, [task.name]):
+                if experiment.missing_experts(directory, [task.name]):
                     finetune(backbone, task, directory, **settings)
     for name in names:
         _clear(directory / _UNFINISHED / name)
@@ -330,11 +330,23 @@ def _check_set(directory: Path, checkpoint_set: str) -> None:
         )
 
 
+def dry_run(settings: experiment.Settings) -> NoReturn:
+    """Checks without downloading or running anything, and says what it takes; exits with 1 if it cannot run."""
+    if "task" in settings:
+        problems, takes = finetune_snapshot.problems(settings), estimate.training_lines(settings)
+    else:
+        problems = preflight.missing(settings)
+        takes = [] if preflight.lacking(settings) else estimate.lines(settings)
+    command_line.end_dry_run(problems, takes)
+
+
 def main() -> None:
     """Fine-tunes the experts of the experiment file that are missing, and prints what they reach."""
     settings = command_line.as_dict(_CONFIG.value)
+    if _DRY_RUN.value:
+        dry_run(settings)
     if "task" in settings:
-        logging.info(f"the expert lies in {finetune_clip.run(settings)}")
+        logging.info(f"the expert lies in {finetune_snapshot.run(settings)}")
         return
     preflight.check(settings, evaluates=False)
     experiment.start()
@@ -367,4 +379,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = command_line.define_config()
+    _DRY_RUN = command_line.define_dry_run()
     command_line.run(main, required="config")

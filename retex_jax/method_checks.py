@@ -56,7 +56,7 @@ def problems(settings: Settings, model: Any) -> list[str]:
     )
     # The toy experts are smaller than any fraction of them: what is positive counts as bytes enough.
     budget = 1e6 if 0 < spec["budget"] < float("inf") else spec["budget"]
-    size = {"budget": budget} if budget else {"rank": 1}
+    size: dict[str, Any] = {"budget": budget} if budget else {"rank": 1}
     size |= {name: spec[name] for name in ("sharing", "task_weights")}
     found += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
     found += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(

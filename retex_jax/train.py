@@ -11,7 +11,6 @@ says what the run takes (see `retex_jax.estimate`), and exits with 1 if somethin
 import contextlib
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -275,12 +274,8 @@ def dry_run(settings: experiment.Settings) -> None:
 
     Exits with 1 if it cannot run.
     """
-    problems = preflight.missing(settings)
-    for line in problems or ["everything that this experiment needs is here"]:
-        print(line)
-    if not preflight.lacking(settings):
-        print("\n".join(estimate.lines(settings)))
-    sys.exit(1 if problems else 0)
+    takes = [] if preflight.lacking(settings) else estimate.lines(settings)
+    command_line.end_dry_run(preflight.missing(settings), takes)
 
 
 def main() -> None:
@@ -294,5 +289,5 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = command_line.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "results; workdirs/NAME when not given")
-    _DRY_RUN = flags.DEFINE_bool("dry_run", False, "only check what is missing; downloads nothing")
+    _DRY_RUN = command_line.define_dry_run()
     command_line.run(main, required="config")

@@ -24,6 +24,7 @@ def run(
     steps: int,
     checkpoint_every: int,
     learning_rate: float,
+    after: Callable[[int, _State], _State] = lambda _, state: state,
 ) -> _State:
     """Takes the steps that are left.
 
@@ -36,6 +37,7 @@ def run(
       steps: of the whole run.
       checkpoint_every: steps between two checkpoints.
       learning_rate: peak, for the message about a loss that is not finite.
+      after: (number of steps taken, state) -> the state that is saved and goes on.
 
     Returns:
       The state after the last step.
@@ -57,6 +59,7 @@ def run(
                 raise FloatingPointError(
                     f"{name}: the loss is {loss} at step {number}; learning_rate = {learning_rate}"
                 )
+            state = after(number, state)
             is_leaving = guard.is_called
             if is_leaving or number % checkpoint_every == 0 or number == steps:
                 checkpoints.save(number, state)

@@ -4,6 +4,7 @@ The words of a text tell its label, but the models' weights are random: what the
 """
 
 import dataclasses
+import importlib
 import json
 
 import jax
@@ -275,3 +276,25 @@ def write_decoders(root, config):
     write_tokenizer(root / config.experts.pretrained, "gpt")
     for seed, name in enumerate(config.experts.repositories):
         export(root / name, model, shifted(base, seed, 0.1), architecture)
+
+
+def small(name, root, *experts):
+    """A suite's experiment, as it is but for its size."""
+    config = importlib.import_module(f"configs.{name}").get_config(*experts)
+    config.data_sets.root = str(root / "datasets")
+    config.experts.root = str(root / "checkpoints")
+    config.model.max_length = 24
+    config.data.max_train = 24
+    config.baselines = {"weight_average": {}}
+    config.offsets.rank = 16
+    config.offsets.budget = 1e6  # bytes, enough for every rank
+    config.offsets.sharing = "separate"
+    config.identifier.rank = 3
+    config.identifier.num_calibration = 12
+    config.evaluate.batch_size = 16
+    if name == "qwen_qa3":
+        config.model.options = {}
+        config.model.max_length = 128
+        config.language.shots = 2
+        config.language.max_answer = 8
+    return config

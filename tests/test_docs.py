@@ -134,6 +134,8 @@ def flags_of(file):
         called = ast.unparse(node.func)
         if called == "command_line.define_config":
             found.add("config")
+        elif called == "command_line.define_dry_run":
+            found.add("dry_run")
         elif called.startswith("flags.DEFINE_") or called.endswith(".add_argument"):
             found.add(node.args[0].value.removeprefix("--"))
     return found

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import gpt2_glue7, vit_b32_8
+from configs import finetune_roberta, gpt2_glue7, vit_b32_8
 from retex_jax import command_line, data, estimate, models, offsets, tree
 from retex_jax.experts import ExpertSet
 
@@ -97,6 +97,32 @@ def test_experts_that_are_to_be_made_count():
     trained = 3 * len(tiny.NAMES) * spec["steps"] * spec["batch_size"]
     a_pass = estimate.forward_flops(estimate.build_model(settings), 0)
     assert found.flops == a_pass * (trained + len(tiny.NAMES) * 40)
+
+
+def test_training_of_one_expert(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "matmul_rate", lambda dtype: 1e12)
+    config = finetune_roberta.get_config()
+    config.experts.root = str(tmp_path)
+    settings = command_line.as_dict(config)
+    assert estimate.num_steps(settings) == 4_810  # ten passes of 7,696 of CoLA's 8,551, 16 at once
+    model, disk, memory, took = estimate.training_lines(settings)
+    assert model == "model: 124,055,040 parameters, 496 MB"
+    assert disk == "disk: 992 MB of pretrained model and expert, 1.98 GB of checkpoints"
+    assert f"on each of {jax.device_count()} devices (cpu)" in memory
+    # Three passes of 128 tokens through 85.0 million weights of blocks, two operations each, and attention.
+    flops = 3 * 4_810 * 16 * (2 * 128 * 84.9e6 + 4 * 12 * 128**2 * 768)
+    assert f"for 4,810 steps, {flops:.1e} operations of the model, texts at full length" in took
+    config.finetune.steps = 7
+    assert estimate.num_steps(command_line.as_dict(config)) == 7
+    config.finetune.update(steps=0, epochs=1.0)
+    config.task = "dtd"
+    assert estimate.num_steps(command_line.as_dict(config)) is None
+    assert estimate.training_lines(command_line.as_dict(config))[-1] == (
+        "time: not known, as the training examples of dtd are not"
+    )
+    config.experts.pretrained = "owner/other"
+    [line] = estimate.training_lines(command_line.as_dict(config))
+    assert "can be estimated when the model is known" in line
 
 
 def test_sizes_of_test_sets():

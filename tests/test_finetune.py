@@ -228,7 +228,7 @@ def test_only_missing_experts_are_made(run, tmp_path, monkeypatch):
     root = tmp_path / "experts"
     shutil.copytree(run.experts, root)
     (root / "bars.json").unlink()
-    assert finetune.missing_experts(root, tiny.NAMES) == ["bars"]
+    assert experiment.missing_experts(root, tiny.NAMES) == ["bars"]
     made, new = [], {"accuracy": {}, "linear_probe": {}}
 
     def record(backbone, task, directory, **settings):

@@ -4,7 +4,6 @@ What a run reports is compared with scikit-learn, scipy and the experts' own mod
 """
 
 import copy
-import importlib
 from types import SimpleNamespace
 
 import jax
@@ -22,31 +21,9 @@ from retex_jax.convert.architectures import load
 pytest.importorskip("pyarrow")
 
 
-def small(name, root):
-    """A suite's experiment, as it is but for its size."""
-    config = importlib.import_module(f"configs.{name}").get_config()
-    config.data_sets.root = str(root / "datasets")
-    config.experts.root = str(root / "checkpoints")
-    config.model.max_length = 24
-    config.data.max_train = 24
-    config.baselines = {"weight_average": {}}
-    config.offsets.rank = 16
-    config.offsets.budget = 1e6  # bytes, enough for every rank
-    config.offsets.sharing = "separate"
-    config.identifier.rank = 3
-    config.identifier.num_calibration = 12
-    config.evaluate.batch_size = 16
-    if name == "qwen_qa3":
-        config.model.options = {}
-        config.model.max_length = 128
-        config.language.shots = 2
-        config.language.max_answer = 8
-    return config
-
-
 def trained(name, write_data, write_models, tmp_path_factory):
     root = tmp_path_factory.mktemp(name)
-    config = small(name, root)
+    config = stand_ins.small(name, root)
     write_data(root / "datasets")
     write_models(root / "checkpoints", config)
     with tiny.world(root / "cache"):
@@ -286,7 +263,7 @@ def test_released_artefact_is_evaluated_alike(qwen, monkeypatch):
 
 @pytest.mark.parametrize("name", ["roberta_base_glue8", "gpt2_glue7", "qwen_qa3"])
 def test_dry_run_names_all_that_is_missing(name, tmp_path, capsys):
-    config = small(name, tmp_path)
+    config = stand_ins.small(name, tmp_path)
     with tiny.world(tmp_path / "cache"), pytest.raises(SystemExit) as stopped:
         train.dry_run(command_line.as_dict(config))
     assert stopped.value.code == 1
@@ -350,7 +327,7 @@ def test_questions_need_a_language_model(roberta):
 
 
 def test_missing_tokenizer_is_named(tmp_path):
-    config = small("gpt2_glue7", tmp_path)
+    config = stand_ins.small("gpt2_glue7", tmp_path)
     config.tasks = ("cola",)
     config.experts.repositories = config.experts.repositories[:1]
     stand_ins.write_glue(tmp_path / "datasets", ("cola",))
@@ -360,7 +337,7 @@ def test_missing_tokenizer_is_named(tmp_path):
 
 
 def test_head_of_another_task_is_refused(tmp_path):
-    config = small("gpt2_glue7", tmp_path)
+    config = stand_ins.small("gpt2_glue7", tmp_path)
     config.tasks = ("cola", "mnli")
     config.experts.repositories = config.experts.repositories[:2]
     stand_ins.write_glue(tmp_path / "datasets", config.tasks)

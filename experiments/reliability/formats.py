@@ -18,7 +18,17 @@ import mutations
 import numpy as np
 import safetensors.numpy
 
-from retex_jax import artifact, compare, data, finetune, offsets, preflight, release, tree
+from retex_jax import (
+    artifact,
+    compare,
+    data,
+    experiment,
+    finetune,
+    offsets,
+    preflight,
+    release,
+    tree,
+)
 from retex_jax.checkpoint import Checkpointer
 from retex_jax.experts import ExpertSet
 from retex_jax.identifier import IDENTIFIERS
@@ -259,7 +269,7 @@ class Experts:
 
     def read(self, folder: Path) -> Any:
         """Reads all; one that is missing would be made again."""
-        if missing := finetune.missing_experts(folder, NAMES):
+        if missing := experiment.missing_experts(folder, NAMES):
             raise FileNotFoundError(f"{folder}: {missing}")
         tasks = [data.Task(name, (), {}, "", "") for name in NAMES]
         backbone: Any = None

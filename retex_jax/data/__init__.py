@@ -2,6 +2,7 @@
 
 from retex_jax.data.batching import (
     batch_indices,
+    bucketed_indices,
     by_length,
     mixed,
     mixed_batches,
@@ -24,6 +25,7 @@ from retex_jax.data.loading import (
     make_task,
     num_outputs,
     num_test,
+    num_train,
 )
 from retex_jax.data.prepared import data_root
 from retex_jax.data.published import load_published
@@ -50,6 +52,7 @@ __all__ = [
     "Wheel",
     "ahead",
     "batch_indices",
+    "bucketed_indices",
     "by_length",
     "cache_dir",
     "cached",
@@ -69,6 +72,7 @@ __all__ = [
     "mixed_batches",
     "num_outputs",
     "num_test",
+    "num_train",
     "padded_batches",
     "read_member",
     "split_indices",

@@ -45,6 +45,39 @@ def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> n
     return indices
 
 
+def bucketed_indices(
+    split: Split, batch_size: int, step: int, seed: int, bucket: int
+) -> np.ndarray:
+    """As `batch_indices`, texts of like length in one batch, so that `trim` cuts more.
+
+    The examples of `bucket` batches are drawn together, put in order of length, cut into batches, and these are taken
+    in random order.
+
+    Args:
+      split: arrays [n, ...]; texts carry "attention_mask" [n, L].
+      batch_size: B; may exceed n.
+      step: the step's number, from 0.
+      seed: of the permutations.
+      bucket: batches that are drawn together; 1 is `batch_indices`.
+
+    Returns:
+      Indices into range(n), int64 [B].
+
+    Raises:
+      ValueError: as `batch_indices`, or if bucket is below 1.
+    """
+    if bucket < 1:
+        raise ValueError(f"bucket={bucket} (expected >= 1)")
+    count = len(next(iter(split.values())))
+    if bucket == 1 or "attention_mask" not in split:
+        return batch_indices(count, batch_size, step, seed)
+    drawn, place = divmod(step, bucket)
+    members = batch_indices(count, batch_size * bucket, drawn, seed)
+    batches = members[by_length({"attention_mask": split["attention_mask"][members]})]
+    order = np.random.default_rng([seed, drawn, bucket]).permutation(bucket)
+    return batches.reshape(bucket, batch_size)[order[place]]
+
+
 def take(split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Gathers examples: arrays [n, ...] at `indices` [B] become new contiguous arrays [B, ...].
 

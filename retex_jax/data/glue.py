@@ -29,6 +29,7 @@ class GlueTask:
     Attributes:
       columns: of the text, or of the two.
       classes: in the order of the labels; () for a regression.
+      num_train: examples of GLUE's training set.
       num_test: examples of the split that is tested on.
       metric: a name in `metrics.METRICS`.
       test: what GLUE calls the split that is tested on.
@@ -36,6 +37,7 @@ class GlueTask:
 
     columns: tuple[str, ...]
     classes: tuple[str, ...]
+    num_train: int
     num_test: int
     metric: str = "accuracy"
     test: str = "validation"
@@ -44,19 +46,20 @@ class GlueTask:
 _SENTENCES = ("sentence1", "sentence2")
 
 GLUE: dict[str, GlueTask] = {
-    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), 1_043, "matthews"),
-    "sst2": GlueTask(("sentence",), ("negative", "positive"), 872),
-    "mrpc": GlueTask(_SENTENCES, ("not_equivalent", "equivalent"), 408),
-    "stsb": GlueTask(_SENTENCES, (), 1_500, "pearson_spearman"),
-    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), 40_430),
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), 8_551, 1_043, "matthews"),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), 67_349, 872),
+    "mrpc": GlueTask(_SENTENCES, ("not_equivalent", "equivalent"), 3_668, 408),
+    "stsb": GlueTask(_SENTENCES, (), 5_749, 1_500, "pearson_spearman"),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), 363_846, 40_430),
     "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
+        392_702,
         9_815,
         test="validation_matched",
     ),
-    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), 5_463),
-    "rte": GlueTask(_SENTENCES, ("entailment", "not_entailment"), 277),
+    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), 104_743, 5_463),
+    "rte": GlueTask(_SENTENCES, ("entailment", "not_entailment"), 2_490, 277),
 }
 
 

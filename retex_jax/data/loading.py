@@ -52,6 +52,14 @@ def num_test(name: str) -> int | None:
     return specs[name].num_test or None if name in specs else None
 
 
+def num_train(name: str) -> int | None:
+    """How many examples one of GLUE's tasks trains on, without what is held out; None of other tasks."""
+    if name not in GLUE:
+        return None
+    count = GLUE[name].num_train
+    return count - published.num_held_out(count)
+
+
 def num_outputs(name: str) -> int | None:
     """How many outputs the head of one of GLUE's tasks has; None of other tasks."""
     return (len(GLUE[name].classes) or 1) if name in GLUE else None

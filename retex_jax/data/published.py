@@ -156,7 +156,7 @@ def draw(
             "test": (first, order[:test]),
         }
     else:
-        val = min(num // 10, _MOST_VALIDATION)
+        val = num_held_out(num)
         drawn = {
             "train": (first, order[val:]),
             "val": (first, order[:val]),
@@ -166,6 +166,11 @@ def draw(
     if empty:
         raise ValueError(f"{num} examples leave {', '.join(empty)} empty")
     return drawn
+
+
+def num_held_out(num: int) -> int:
+    """Validation examples of a published training set: a tenth, at most 5000."""
+    return min(num // 10, _MOST_VALIDATION)
 
 
 def in_words(label: str) -> str:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from retex_jax.data.batching import (
     batch_indices,
+    bucketed_indices,
     by_length,
     mixed_batches,
     padded_batches,
@@ -123,3 +126,41 @@ def test_by_length_puts_short_texts_first_and_leaves_images_alone():
     mask = np.arange(6) < np.array([[4], [1], [4], [2]])
     assert by_length({"attention_mask": mask, "input_ids": mask}).tolist() == [1, 3, 0, 2]
     assert by_length({"image": np.zeros((3, 2, 2, 3))}).tolist() == [0, 1, 2]
+
+
+def texts(num, seed=0):
+    """A split of texts of random lengths."""
+    lengths = np.random.default_rng(seed).integers(1, 100, num)
+    return {"attention_mask": (np.arange(100) < lengths[:, None]).astype(np.int32)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(0, 99))
+def test_buckets_hold_what_is_drawn_together(num, batch_size, bucket, seed):
+    for drawn in range(3):
+        steps = range(drawn * bucket, (drawn + 1) * bucket)
+        found = [bucketed_indices(texts(num), batch_size, s, seed, bucket) for s in steps]
+        want = batch_indices(num, batch_size * bucket, drawn, seed)
+        assert sorted(np.concatenate(found)) == sorted(want)
+        assert {len(indices) for indices in found} == {batch_size}
+
+
+def test_buckets_are_of_like_lengths_in_random_order():
+    split = texts(640)
+    lengths = split["attention_mask"].sum(axis=1)
+    batches = [lengths[bucketed_indices(split, 16, step, 3, 20)] for step in range(40)]
+    for first in (0, 20):
+        ordered = sorted(batches[first : first + 20], key=lambda batch: (batch.min(), batch.max()))
+        assert all(a.max() <= b.min() for a, b in pairwise(ordered))
+        assert not all(a is b for a, b in zip(ordered, batches[first : first + 20], strict=True))
+    random = [lengths[batch_indices(640, 16, step, 3)].max() for step in range(40)]
+    assert np.mean([batch.max() for batch in batches]) < 0.7 * np.mean(random)
+
+
+def test_no_buckets_are_batch_indices():
+    images = {"image": np.zeros((50, 2))}
+    for split, bucket in ((texts(50), 1), (images, 4)):
+        found = bucketed_indices(split, 8, 5, 7, bucket)
+        assert np.array_equal(found, batch_indices(50, 8, 5, 7))
+    with pytest.raises(ValueError, match=r"bucket=0 \(expected >= 1\)"):
+        bucketed_indices(images, 8, 5, 7, 0)

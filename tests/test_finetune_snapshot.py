@@ -1,4 +1,4 @@
-"""CLIP experts: from a snapshot and a data set to a snapshot, with the head frozen."""
+"""Fine-tuning of snapshots on the example of CLIP: from a snapshot and a data set to a snapshot."""
 
 import copy
 import dataclasses
@@ -17,7 +17,15 @@ from ml_collections import ConfigDict
 from tiny_snapshots import clip_snapshots
 
 from configs import finetune_clip as configuration
-from retex_jax import command_line, data, finetune, finetune_clip, huggingface, recovery
+from retex_jax import (
+    command_line,
+    data,
+    finetune,
+    finetune_snapshot,
+    finetune_steps,
+    huggingface,
+    recovery,
+)
 from retex_jax.data import registry
 
 CLASSES = ("first", "second", "third")
@@ -45,7 +53,7 @@ def settings(root, **finetune):
     config.experts.pretrained = "owner/base"
     config.data_sets.root = str(root / "data")
     config.finetune.update(
-        steps=16, batch_size=16, learning_rate=3e-3, warmup_steps=2, checkpoint_every=8
+        steps=16, batch_size=16, learning_rate=3e-3, warmup=2.0, checkpoint_every=8
     )
     config.finetune.update(finetune)
     return command_line.as_dict(config)
@@ -63,11 +71,17 @@ def test_setting_of_the_papers():
     spec = command_line.as_dict(configuration.get_config())
     assert spec["finetune"] == {
         "steps": 2000,
+        "epochs": 0,
         "batch_size": 128,
         "accumulate": 1,
+        "bucket": 1,
         "learning_rate": 1e-5,
+        "learning_rates": {},
         "weight_decay": 0.1,
-        "warmup_steps": 200,
+        "decay_vectors": True,
+        "schedule": "cosine",
+        "warmup": 200,
+        "keep_best": False,
         "checkpoint_every": 200,
     }
     assert spec["model"]["options"] == {"dtype": "bfloat16"}
@@ -75,9 +89,9 @@ def test_setting_of_the_papers():
 
 def test_from_snapshot_and_data_to_an_expert(root, monkeypatch, capsys):
     spec = settings(root, accumulate=2)
-    folder = finetune_clip.run(spec)
+    folder = finetune_snapshot.run(spec)
     assert folder == root / f"own/base_{NAME}"
-    record = json.loads((folder / finetune_clip.RECORD).read_text())
+    record = json.loads((folder / finetune_snapshot.RECORD).read_text())
     assert record["settings"] == spec
     assert not (folder / ".unfinished").exists()
     backbone, task = loaded(folder, spec)
@@ -88,10 +102,11 @@ def test_from_snapshot_and_data_to_an_expert(root, monkeypatch, capsys):
     outputs = recovery.outputs(model, backbone.params, head, test, 64)
     right = float((outputs.argmax(axis=1) == test["label"]).mean())
     assert record["accuracy"]["fine_tuned"]["test"] == pytest.approx(right, abs=1e-6)
-    assert right > record["accuracy"]["zero_shot"]["test"] + 0.2
+    assert right > record["accuracy"]["pretrained"]["test"] + 0.2
     before = (folder / "model.safetensors").stat().st_mtime_ns
     config = SimpleNamespace(value=ConfigDict(spec))
     monkeypatch.setattr(finetune, "_CONFIG", config, raising=False)
+    monkeypatch.setattr(finetune, "_DRY_RUN", SimpleNamespace(value=False), raising=False)
     finetune.main()  # it is there
     assert str(folder) in capsys.readouterr().err
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
@@ -99,10 +114,10 @@ def test_from_snapshot_and_data_to_an_expert(root, monkeypatch, capsys):
 
 def test_interrupted_run_goes_on(root, monkeypatch):
     spec = settings(root, steps=5, checkpoint_every=2)
-    whole = finetune_clip.run(spec)
+    whole = finetune_snapshot.run(spec)
     want, _ = loaded(whole, spec)
     whole.rename(root / "whole")
-    real, calls = finetune_clip.train_step, []
+    real, calls = finetune_steps.train_step, []
 
     def killed(*args):
         calls.append(args)
@@ -110,14 +125,14 @@ def test_interrupted_run_goes_on(root, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(finetune_clip, "train_step", killed)
+    monkeypatch.setattr(finetune_steps, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        finetune_clip.run(spec)
+        finetune_snapshot.run(spec)
     other = copy.deepcopy(spec)
     other["finetune"]["learning_rate"] = 1.0
     with pytest.raises(ValueError, match="begun with other settings"):
-        finetune_clip.run(other)
-    found, _ = loaded(finetune_clip.run(spec), spec)
+        finetune_snapshot.run(other)
+    found, _ = loaded(finetune_snapshot.run(spec), spec)
     assert len(calls) == 4 + 3  # steps 3 to 5
     jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
 
@@ -134,7 +149,11 @@ def test_parts_and_devices_change_nothing(root):
         parts = {k: x.reshape(accumulate, -1, *x.shape[1:]) for k, x in batch.items()}
         placed = jax.device_put(parts, NamedSharding(mesh, P(None, "data")))
         params, frozen = jax.device_put((backbone.params, head), NamedSharding(mesh, P()))
-        found.append(finetune_clip.loss_and_gradients(backbone.model, params, frozen, placed))
+        found.append(
+            finetune_steps.loss_and_gradients(
+                backbone.model, {"backbone": params}, {"head": frozen}, placed
+            )
+        )
     features = backbone.model.apply({"params": backbone.params}, batch).pooled
     logits = np.asarray(recovery.apply_head(head, features), np.float64)
     likelihood = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -147,27 +166,28 @@ def test_parts_and_devices_change_nothing(root):
 
 def test_loss_that_is_not_finite_stops(root):
     with pytest.raises(FloatingPointError, match=rf"{NAME}: the loss is nan at step \d+"):
-        finetune_clip.run(settings(root, learning_rate=1e30, warmup_steps=0))
+        finetune_snapshot.run(settings(root, learning_rate=1e30, warmup=0.0))
 
 
 def test_all_problems_are_listed(root):
-    spec = settings(root, batch_size=12, accumulate=0, learning_rate=0.0, warmup_steps=16)
+    spec = settings(root, batch_size=12, accumulate=0, learning_rate=0.0, warmup=16.0)
     spec |= {"task": "dtd"}
     spec["experts"]["pretrained"] = "owner/none"
     with pytest.raises(ValueError, match="'finetune_clip' cannot run as it is") as error:
-        finetune_clip.run(spec)
+        finetune_snapshot.run(spec)
     for part in (
         "tasks: dtd: no data in",
         "finetune.accumulate: got 0, expected 1 or more",
         "finetune.learning_rate: got 0.0",
-        "finetune.warmup_steps: got 16, expected 0 to 15",
+        "finetune.warmup: got 16.0, expected a fraction below 1",
         "finetune.batch_size: got 12, expected a multiple",
         "owner/none: no snapshot in",
     ):
         assert str(error.value).count(part) == 1, part
-    assert "task: got 'cola', expected a task of images" in finetune_clip.problems(
-        {**spec, "task": "cola"}
-    )
     assert any(
-        "did you mean 'dtd'" in line for line in finetune_clip.problems({**spec, "task": "dtt"})
+        "did you mean 'dtd'" in line for line in finetune_snapshot.problems({**spec, "task": "dtt"})
+    )
+    spec["experts"]["pretrained"] = "owner/base"
+    assert "task: got 'cola', expected a task of images" in finetune_snapshot.problems(
+        {**spec, "task": "cola"}
     )
