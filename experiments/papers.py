@@ -25,6 +25,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from configs import common  # noqa: E402
 from retex_jax import command_line, compare, experiment, files  # noqa: E402
+from retex_jax.huggingface import MODEL_NAME  # noqa: E402
 from retex_jax.identify.__main__ import identify  # noqa: E402
 from retex_jax.unseen.__main__ import evaluate_unseen  # noqa: E402
 from retex_jax.variants import Entry  # noqa: E402
@@ -233,7 +234,7 @@ def programmed(
     """
     args, started = _parse(_docstring(script), arguments), time.perf_counter()
     repeats = []
-    for seed in args.seeds:
+    for seed in args.seeds or [0]:
         config = load(args.suite)
         config.seed = seed
         results = run(config, args.workdir / f"{args.suite}_{name}/seed_{seed}")
@@ -322,7 +323,7 @@ def _save(
     if args.out == RESULTS:
         shows = _docstring(script).splitlines()[0]
         command = f"python experiments/{name}.py --suite={args.suite}"
-        if args.seeds != SEEDS:
+        if args.seeds not in ([], SEEDS):
             command += f" --seeds {' '.join(map(str, args.seeds))}"
         _list(command, shows, time.perf_counter() - started)
 
@@ -347,14 +348,22 @@ def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="an experiment of configs/: " + ", ".join(suites),
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the experts")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="of the experts, 0 1 2 where none are given; experts that are snapshots have none",
+    )
     parser.add_argument(
         "--workdir", type=Path, default=Path("workdirs"), help="where rows are kept"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="receives SUITE/NAME.csv and .svg"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.seeds is None:
+        args.seeds = [] if load(args.suite).model.name == MODEL_NAME else SEEDS
+    return args
 
 
 def _configured(entry: Entry, config: ConfigDict) -> Entry:
@@ -365,7 +374,7 @@ def _configured(entry: Entry, config: ConfigDict) -> Entry:
 
 def _lines(found: pictures.Points, x: str | None, results: Mapping[str, Any]) -> list[list[str]]:
     """The lines of the CSV file."""
-    tasks, seeds = results["tasks"], " ".join(map(str, results["expert_seeds"]))
+    tasks, seeds = results["tasks"], " ".join(map(str, results.get("expert_seeds", ())))
     differ = [x] if x and x != "amr" else []
     own = _scores(results["individual"], tasks)
     lines = [

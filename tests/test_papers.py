@@ -255,3 +255,15 @@ def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
     assert lines == [
         "| `python experiments/x.py --suite=vit_b32_30 --seeds 4` | 2.0 min | Shows it. |"
     ]
+
+
+def test_snapshots_are_compared_once():
+    """Their experts have no seeds; what is asked for is kept, and refused by the comparison."""
+    assert papers._parse("", ["--suite=vit_b32_8"]).seeds == []
+    assert papers._parse("", ["--suite=demo"]).seeds == [0, 1, 2]
+    assert papers._parse("", ["--suite=demo", "--seeds", "4"]).seeds == [4]
+    row = {"entry": "ties", "accuracy": {"dtd": 0.5}, "commit": "abc", "amr": 0.25}
+    results = {"tasks": ["dtd"], "individual": {"dtd": 0.75}}
+    [head, own, ties] = papers._lines([("TIES", 0.0, row)], None, results)
+    assert (own[0], own[1], ties[0], ties[1]) == ("Individual", "0.75", "TIES", "0.5")
+    assert dict(zip(head, ties, strict=True))["seeds"] == ""
