@@ -1,4 +1,4 @@
-"""What the benchmarks share: memory of a process, and medians of repeated runs."""
+"""What the benchmarks share: synthetic experts, memory of a process, and medians of repeated runs."""
 
 import os
 import statistics
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,47 @@ def random_model(shapes: Mapping[str, tuple[int, ...]], task: int) -> dict[str, 
             x += delta.standard_normal(shape, np.float32) * np.float32(0.001)
         tensors[name] = x
     return tensors
+
+
+def vit_shapes(
+    width: int, mlp: int, layers: int, patch: int, positions: int, projection: int
+) -> dict[str, tuple[int, ...]]:
+    """The leaves of a CLIP vision tower in the layout (out, in)."""
+    made = {
+        "patch/weight": (width, patch),
+        "position/weight": (positions, width),
+        "projection/weight": (projection, width),
+        "class": (width,),
+    }
+    for layer in range(layers):
+        for name in ("query", "key", "value", "out"):
+            made[f"{layer}/{name}/weight"] = (width, width)
+            made[f"{layer}/{name}/bias"] = (width,)
+        made[f"{layer}/fc1/weight"], made[f"{layer}/fc1/bias"] = (mlp, width), (mlp,)
+        made[f"{layer}/fc2/weight"], made[f"{layer}/fc2/bias"] = (width, mlp), (width,)
+        for name in ("norm1", "norm2"):
+            made[f"{layer}/{name}/weight"] = made[f"{layer}/{name}/bias"] = (width,)
+    return made
+
+
+def write_experts(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], num_tasks: int, dtype: Any = np.float32
+) -> None:
+    """Writes base.safetensors and expert_0.safetensors, ... where they are not there yet."""
+    from retex_jax import artifact
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, path in zip(range(-1, num_tasks), paths(folder, num_tasks), strict=True):
+        if not path.is_file():
+            drawn = random_model(shapes, task)
+            tensors = {name.replace("/", "."): x.astype(dtype) for name, x in drawn.items()}
+            artifact.save_safetensors(path, tensors)
+
+
+def paths(folder: Path, num_tasks: int) -> list[Path]:
+    """The files that `write_experts` writes: the base's, and the experts'."""
+    experts = [folder / f"expert_{task}.safetensors" for task in range(num_tasks)]
+    return [folder / "base.safetensors", *experts]
 
 
 class AnonymousMemory(threading.Thread):

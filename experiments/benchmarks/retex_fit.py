@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from measuring import AnonymousMemory, medians, random_model
+from measuring import AnonymousMemory, medians, paths, vit_shapes, write_experts
 
 NUM_TASKS, RANK = 8, 256
 WIDTH, MLP, LAYERS, PATCH, POSITIONS, PROJECTION = 768, 3072, 12, 3 * 32 * 32, 50, 512
@@ -35,34 +34,7 @@ GOALS = {"seconds": 20, "peak / model": 1.5, "share of the matmul peak": 0.5, "t
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """The leaves of CLIP ViT-B/32's vision tower in the layout (out, in)."""
-    made = {
-        "patch/weight": (WIDTH, PATCH),
-        "position/weight": (POSITIONS, WIDTH),
-        "projection/weight": (PROJECTION, WIDTH),
-        "class": (WIDTH,),
-    }
-    for layer in range(LAYERS):
-        for name in ("query", "key", "value", "out"):
-            made[f"{layer}/{name}/weight"] = (WIDTH, WIDTH)
-            made[f"{layer}/{name}/bias"] = (WIDTH,)
-        made[f"{layer}/fc1/weight"], made[f"{layer}/fc1/bias"] = (MLP, WIDTH), (MLP,)
-        made[f"{layer}/fc2/weight"], made[f"{layer}/fc2/bias"] = (WIDTH, MLP), (WIDTH,)
-        for name in ("norm1", "norm2"):
-            made[f"{layer}/{name}/weight"] = made[f"{layer}/{name}/bias"] = (WIDTH,)
-    return made
-
-
-def make_checkpoints(folder: Path) -> None:
-    """Writes a random model and eight experts of it, where they are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in range(-1, NUM_TASKS):
-        path = folder / ("base.safetensors" if task < 0 else f"expert_{task}.safetensors")
-        if path.is_file():
-            continue
-        drawn = random_model(shapes(), task)
-        tensors = {name.replace("/", "."): x for name, x in drawn.items()}
-        safetensors.numpy.save_file(tensors, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+    return vit_shapes(WIDTH, MLP, LAYERS, PATCH, POSITIONS, PROJECTION)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -107,8 +79,8 @@ def fit(folder: Path) -> None:
     memory = AnonymousMemory()
     memory.start()
     started, used = time.perf_counter(), time.process_time()
-    paths = [folder / f"expert_{task}.safetensors" for task in range(NUM_TASKS)]
-    experts = ExpertSet.from_safetensors(folder / "base.safetensors", paths, check_finite=False)
+    base, *files = paths(folder, NUM_TASKS)
+    experts = ExpertSet.from_safetensors(base, files, check_finite=False)
     state = METHODS["retex"].fit(experts, rank=RANK, file=folder / "offsets.safetensors")
     seconds, used = time.perf_counter() - started, time.process_time() - used
     figures = {
@@ -210,10 +182,10 @@ def main() -> None:
         return
     from retex_jax import logging
 
-    make_checkpoints(args.folder)
+    write_experts(args.folder, shapes(), NUM_TASKS)
     figures = medians([run_fit(args.folder) for _ in range(args.repeats)])
     steps = adam_steps(args.repeats)
-    model_bytes = (args.folder / "base.safetensors").stat().st_size
+    model_bytes = paths(args.folder, NUM_TASKS)[0].stat().st_size
     measured = {
         "seconds": figures["seconds"],
         "peak / model": figures["peak_anonymous_bytes"] / model_bytes,
