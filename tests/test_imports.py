@@ -27,6 +27,7 @@ CORE = {
     "personalized",
     "preemption",
     "search",
+    "sharding",
     "snapshot",
     "sources",
     "tree",
@@ -42,7 +43,6 @@ INFRA = {
     "logging",
     "plots",
     "report",
-    "sharding",
 }
 RECOVERY = {"recovery", "release"}
 PROGRAMS = {

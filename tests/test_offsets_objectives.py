@@ -66,7 +66,11 @@ def _problem(experts, merged, form, loss, orientation="right"):
     plans = plan_leaves(experts.leaves, "flax", 3, orientation=orientation)
     groups = learned.group_leaves(experts, plans, form)
     base = tree.flatten(merged)
-    return plans, groups, learned.make_problem(experts, base, plans, groups, form, loss)
+    return (
+        plans,
+        groups,
+        learned.make_problem(experts, base, plans, groups, form, loss, lambda _, leaf: leaf),
+    )
 
 
 def _drawn(plans, groups, problem, form, d_emb=2):
@@ -276,11 +280,19 @@ def test_products_are_at_the_highest_precision():
     for form in FORMS:
         plans, groups, problem = _problem(made, merged, form, "cosine")
         params = _drawn(plans, groups, problem, form)
-        optimizer = adam._optimizer(1e-2, 1, 2)
+        optimizer = adam.make_optimizer(1e-2, 1, 2)
         state = adam.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         text = str(
-            jax.make_jaxpr(adam._run_steps, static_argnums=(0, 1, 2, 3, 4))(
-                optimizer, "all", Objective("cosine"), form, 1, state, problem, jax.random.key(0)
+            jax.make_jaxpr(adam.run_steps, static_argnums=(0, 1, 2, 3, 4, 5))(
+                optimizer,
+                "all",
+                Objective("cosine"),
+                form,
+                None,
+                1,
+                state,
+                problem,
+                jax.random.key(0),
             )
         )
         products = text.count("dot_general[")

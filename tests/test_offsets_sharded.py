@@ -10,6 +10,7 @@ import references
 from expert_sets import assert_close, expert_set
 
 import retex_jax as rtx
+from retex_jax import sharding, tree
 from retex_jax.offsets import exact, factor_file, sharded
 from retex_jax.offsets.state import plan_leaves
 
@@ -74,9 +75,9 @@ def test_the_gram_matrix_and_the_average_alone_cross_the_task_axis():
     plan = plan_leaves(leaves, "flax", 4, "paper", "right")["a/kernel"]
     mesh = mesh_of({"task": 8})
     with jax.enable_x64(True):
-        program = sharded._program(mesh, plan, NUM_TASKS, "float64", False)
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "task"))
-        stack = jax.ShapeDtypeStruct((1, NUM_TASKS, columns, rows), jnp.float32, sharding=sharding)
+        program = sharded.program(mesh, plan, NUM_TASKS, "float64", False)
+        there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "task"))
+        stack = jax.ShapeDtypeStruct((1, NUM_TASKS, columns, rows), jnp.float32, sharding=there)
         text = program.lower(stack).compile().as_text()
     kinds = r"(all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
     assert not re.search(rf" {kinds}(-start)?\(", text)
@@ -87,6 +88,40 @@ def test_the_gram_matrix_and_the_average_alone_cross_the_task_axis():
         for shape in re.findall(r"f\d+\[([\d,]*)\]", each)
     )
     assert entries == [1, 1, columns * columns, columns * rows]
+
+
+def test_each_of_eight_devices_keeps_its_share_of_the_state():
+    rng = np.random.default_rng(0)
+    shapes = {"a/kernel": (16, 24), "a/bias": (24,), "b/embedding": (40, 16)}
+    models = [
+        {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+        for _ in range(NUM_TASKS + 1)
+    ]
+    experts = expert_set(models[0], models[1:])
+    held = []
+    for sizes in ({"task": 1}, {"task": 8}, {"task": 4, "layer": 2}):
+        state = rtx.offsets.fit_sharded(experts, mesh_of(sizes), rank=8)
+        held.append(sharding.device_bytes((state.merged, state.offsets)))
+    assert held[0] == tree.param_bytes((state.merged, state.offsets))
+    assert max(held[1:]) <= 1.15 / 8 * held[0]
+
+
+def test_each_of_eight_devices_computes_with_its_share_of_many_experts():
+    """By the analysis of the compiled program: arguments, results and scratch memory."""
+    leaves = {"a/kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32)}
+    plan = plan_leaves(leaves, "flax", 8)["a/kernel"]
+    held = []
+    for count in (1, 8):
+        mesh = mesh_of({"task": count})
+        there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "task"))
+        stack = jax.ShapeDtypeStruct((1, 512, 32, 32), jnp.float32, sharding=there)
+        with jax.enable_x64(True):
+            program = sharded.program(mesh, plan, 512, "float64", False)
+            found = program.lower(stack).compile().memory_analysis()
+        held.append(
+            found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        )
+    assert held[1] <= 1.15 / 8 * held[0]
 
 
 def test_only_the_own_experts_are_read(experts, monkeypatch):

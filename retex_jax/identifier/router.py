@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from retex_jax.identifier import features as common
 from retex_jax.personalized import router as routers
@@ -63,6 +64,7 @@ def fit(
     batch_norm: bool = True,
     dropout: float = 0.5,
     held_out: float = 0.1,
+    mesh: Mesh | None = None,
 ) -> RouterState:
     """Trains a router.
 
@@ -78,6 +80,7 @@ def fit(
       batch_norm: of "mlp".
       dropout: of "mlp", in [0, 1).
       held_out: fraction of each task's inputs that chooses the epoch.
+      mesh: as `personalized.router.fit` takes it.
 
     Returns:
       The router.
@@ -120,6 +123,7 @@ def fit(
         kind=kind,
         batch_norm=batch_norm,
         layer_norm=False,
+        mesh=mesh,
         **{**options, **_rates(kind, learning_rate, epochs)},
     )
     return RouterState(jnp.asarray(center), jnp.asarray(scale), trained, normalize)

@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from retex_jax import tree
+from retex_jax import sharding, tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import ties
@@ -122,18 +123,25 @@ def agreeing(task_vectors: jax.Array, limits: jax.Array, majority_sign: float) -
 
 
 def _readers(
-    experts: ExpertSet, plus_plus: bool, density: float
+    experts: ExpertSet, plus_plus: bool, density: float, mesh: Mesh | None = None
 ) -> tuple[Callable[[str], jax.Array], Callable[[str], jax.Array]]:
     """Leaf name to pretrained leaf [*shape], and to the task vectors to merge [T, *shape]; float32."""
 
+    def place(name: str, leaf: jax.Array) -> jax.Array:
+        return sharding.place({name: leaf}, mesh, sharding.MODEL_RULES)[name]
+
     def pretrained(name: str) -> jax.Array:
-        return jnp.asarray(experts.pretrained(name), dtype=jnp.float32)
+        return place(name, jnp.asarray(experts.pretrained(name), dtype=jnp.float32))
 
     if not plus_plus:
-        return pretrained, experts.task_vectors
+        return pretrained, lambda name: place(name, experts.task_vectors(name))
     limits = jnp.asarray(ties.thresholds(experts, density))
     majority_sign = ties.majority_sign(experts, limits)
-    return pretrained, lambda name: agreeing(experts.task_vectors(name), limits, majority_sign)
+
+    def task_vectors(name: str) -> jax.Array:
+        return place(name, agreeing(experts.task_vectors(name), limits, majority_sign))
+
+    return pretrained, task_vectors
 
 
 def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -191,6 +199,7 @@ def fit_coefficients(
     b2: float = 0.999,
     density: float = 0.2,
     resident: bool = True,
+    mesh: Mesh | None = None,
     progress: ProgressFn | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Learns the coefficients.
@@ -214,6 +223,9 @@ def fit_coefficients(
       density: fraction of each task vector that AdaMerging++ keeps, in (0, 1].
       resident: whether to hold all task vectors in memory, or to read each leaf twice a step. The
         answer is the same.
+      mesh: of axes "data", over which each batch is divided, "model", over which merged model, task vectors and
+        gradient are split, or both; the answer is that of one device, but for the rounding of sums. One device when
+        not given.
       progress: called with (steps done, steps) after each step.
 
     Returns:
@@ -223,7 +235,7 @@ def fit_coefficients(
 
     Raises:
       ValueError: if the calibration does not have batches of every task that can be iterated again, or
-        a setting is unknown or out of range; all such settings are listed.
+        a setting is unknown or out of range; all such settings are listed. If the mesh has other axes.
       FloatingPointError: if an entropy or a derivative is not finite, with the step.
     """
     del key
@@ -235,14 +247,16 @@ def fit_coefficients(
     )
     adam = {"learning_rate": learning_rate, "b1": b1, "b2": b2}
     _check_settings(granularity, variant, protocol, init=init, density=density, **adam)
+    if mesh is not None:
+        sharding.check_axes(mesh, (sharding.DATA, sharding.MODEL))
     calibration = require(calibration, "AdaMerging", experts.num_tasks)
 
     names = experts.float_leaves
-    pretrained, task_vectors = _readers(experts, plus_plus, density)
+    pretrained, task_vectors = _readers(experts, plus_plus, density, mesh)
     if resident:
         pretrained = {name: pretrained(name) for name in names}.__getitem__
         task_vectors = {name: task_vectors(name) for name in names}.__getitem__
-    entropies_and_gradient = _objective(experts, calibration, protocol.batches_per_step)
+    entropies_and_gradient = _objective(experts, calibration, protocol.batches_per_step, mesh)
     optimizer = optax.adam(learning_rate, b1=b1, b2=b2)
     rows = 1 if granularity == "task" else len(names)
     raw = jnp.full((rows, experts.num_tasks), init, dtype=jnp.float32)
@@ -276,7 +290,7 @@ def fit_coefficients(
 
 
 def _objective(
-    experts: ExpertSet, calibration: Calibration, batches_per_step: int
+    experts: ExpertSet, calibration: Calibration, batches_per_step: int, mesh: Mesh | None
 ) -> Callable[[dict[str, jax.Array]], tuple[np.ndarray, dict[str, jax.Array]]]:
     """Makes the function from merged float leaves to entropies [T] and the gradient of their sum."""
     buffers = {
@@ -302,6 +316,7 @@ def _objective(
             return entropy(calibration.logits(whole, task, batch)).mean()
 
         value, gradient = jax.value_and_grad(mean_entropy)(params)
+        gradient = sharding.constrain(gradient, mesh, sharding.MODEL_RULES)
         return value, gradient if total is None else jax.tree.map(jnp.add, total, gradient)
 
     def entropies_and_gradient(
@@ -311,7 +326,8 @@ def _objective(
         for task, stream in enumerate(streams):
             values = []
             for _ in range(batches_per_step):
-                value, total = accumulate(params, buffers, total, next(stream), task=task)
+                batch = sharding.place(next(stream), mesh, sharding.BATCH_RULES)
+                value, total = accumulate(params, buffers, total, batch, task=task)
                 values.append(value)
             entropies.append(jnp.stack(values).mean())
         assert total is not None  # an expert set has a task

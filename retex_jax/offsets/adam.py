@@ -7,6 +7,12 @@ paper's forms can be learned (see `retex_jax.offsets.generator`). The paper name
 (T here), nor the initialisers (PyTorch's: embeddings N(0, 1), linear layers uniform in +-1/sqrt(d_emb)),
 nor whether a step sums over all tasks or samples one (both are offered). All in float32. Unlike the exact
 solver it holds the offsets of all experts in memory. Leaves of one shape are one stack.
+
+On a mesh the leaves of a stack lie along its axis "layer", and along "model" the rows of what is fitted to, of the task
+factors and of the generators: a device computes the gradient of its own rows from its own offsets. What the devices
+exchange in a step are the shared factors and their gradients, the embeddings' gradients and the r x r Gram matrices of
+the factors. Along the tasks nothing is split: each task's factors are made by the whole of a leaf's linear layer, of
+which the devices would exchange all in every step.
 """
 
 from collections.abc import Callable
@@ -17,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from retex_jax import tree
+from retex_jax import sharding, tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import generator, learned
 from retex_jax.offsets.generator import LearnedForm, Loss, Objective, Problem
@@ -27,6 +35,18 @@ from retex_jax.preemption import Preempted
 from retex_jax.typing import Params
 
 TasksPerStep = Literal["all", "one"]
+
+RULES: sharding.Rules = (
+    (r"^target$", P(None, sharding.MODEL)),
+    (r"^direction$", P(sharding.MODEL)),
+    (r"(^|/)(embeddings|step|count|energies|alignments|direction_energy)$|^counts/", P()),
+    (r"gamma_\w+$", P(sharding.LAYER)),
+    (r"inner_weight$", P(sharding.LAYER, None, None, sharding.MODEL)),
+    (r"inner_bias$", P(sharding.LAYER, None, sharding.MODEL)),
+    (r"(^|/)(bias|shared)$|^directions/", P(sharding.LAYER, sharding.MODEL)),
+    (r"(^|/)weight$|^targets/", P(sharding.LAYER, None, sharding.MODEL)),
+)
+"""Of a `TrainState`, of a `generator.Problem`, and of what one leaf gives to it."""
 
 ProgressFn = Callable[[int, int, float], None]
 """Called with (steps done, steps, loss of the last step)."""
@@ -76,6 +96,7 @@ def fit(
     checkpoint_every: int = 500,
     progress: ProgressFn | None = None,
     preempted: Callable[[], bool] | None = None,
+    mesh: Mesh | None = None,
 ) -> OffsetState:
     """Learns the offsets.
 
@@ -100,6 +121,8 @@ def fit(
       checkpoint_every: steps between two checkpoints, a multiple of `chunk_steps`.
       progress: called after each chunk.
       preempted: called after each chunk; if it says so, the fit is kept there and left. With `checkpoints`.
+      mesh: of axes "layer", "model" or both, over which parameters, optimizer and offsets are split (`RULES`); the
+        answer is that of one device, but for the rounding of sums. One device when not given.
 
     Returns:
       The state: with d_emb + 1 >= T in the baked form, which is then smaller, else as a generator;
@@ -109,7 +132,8 @@ def fit(
       resumed.
 
     Raises:
-      ValueError: for a setting that is out of range, or if theta_0 is needed and missing.
+      ValueError: for a setting that is out of range, if the mesh has other axes, or if theta_0 is needed and
+        missing.
       FloatingPointError: if the loss is not finite, with the step.
       Preempted: see `preempted`; it ends the program.
     """
@@ -127,23 +151,38 @@ def fit(
         chunk_steps=chunk_steps,
         checkpoint_every=checkpoint_every,
     )
+    if mesh is not None:
+        sharding.check_axes(mesh, (sharding.LAYER, sharding.MODEL))
     base = tree.flatten(merged)
     groups = learned.group_leaves(experts, plans, form)
-    problem = learned.make_problem(experts, base, plans, groups, form, objective)
+
+    def place(name: str, leaf: jax.Array) -> jax.Array:
+        return sharding.place({name: leaf}, mesh, RULES)[name]
+
+    problem = learned.make_problem(experts, base, plans, groups, form, objective, place)
+    problem = sharding.place(problem, mesh, RULES)
     ranks = {
         index: plans[group[0]].rank if group[0] in plans else None
         for index, group in enumerate(groups)
     }
     init_key, sample_key = jax.random.split(key)
-    optimizer = _optimizer(learning_rate, warmup_steps, steps)
-    params = generator.init_params(
-        init_key, groups, problem.targets, ranks, d_emb, form=form, task_rank=task_rank
-    )
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    optimizer = make_optimizer(learning_rate, warmup_steps, steps)
+
+    def init() -> TrainState:
+        params = generator.init_params(
+            init_key, groups, problem.targets, ranks, d_emb, form=form, task_rank=task_rank
+        )
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    if mesh is None:
+        state = init()
+    else:
+        there = sharding.shardings(jax.eval_shape(init), mesh, RULES)
+        state = jax.jit(init, out_shardings=there)()
     done = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
         state, done = checkpoints.restore(latest, state), latest
-    run = partial(_run_steps, optimizer, tasks_per_step, Objective(objective, l2_weight), form)
+    run = partial(run_steps, optimizer, tasks_per_step, Objective(objective, l2_weight), form, mesh)
     gammas: list[dict[str, np.ndarray]] = []
     while done < steps:
         length = min(chunk_steps, steps - done)
@@ -182,8 +221,10 @@ def fit(
 
 
 @lru_cache(maxsize=16)
-def _optimizer(learning_rate: float, warmup_steps: int, steps: int) -> optax.GradientTransformation:
-    # Cached: it is a static argument of the compiled loop, compared by identity.
+def make_optimizer(
+    learning_rate: float, warmup_steps: int, steps: int
+) -> optax.GradientTransformation:
+    """Adam by the paper's schedule; one object for the same numbers, as `run_steps` compares it by identity."""
     return optax.adam(
         optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps, 0.0)
     )
@@ -199,17 +240,34 @@ def _gammas(params: dict[str, Any], groups: list[list[str]]) -> dict[str, np.nda
     return result
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=5)
-def _run_steps(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=6)
+def run_steps(
     optimizer: optax.GradientTransformation,
     tasks_per_step: TasksPerStep,
     objective: Objective,
     form: LearnedForm,
+    mesh: Mesh | None,
     length: int,
     state: TrainState,
     problem: Problem,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
+    """Takes steps, compiled as a loop.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      tasks_per_step: as for `fit`.
+      objective: what is minimised.
+      form: as for `fit`.
+      mesh: on which state and problem lie by `RULES`; None for one device.
+      length: steps.
+      state: before them; its memory is taken.
+      problem: what is fitted to.
+      key: typed PRNG key, of the tasks that are sampled.
+
+    Returns:
+      The state after them, and the loss before each, [length].
+    """
     num_tasks = len(problem.energies)
     loss_fn = partial(generator.objective_fn, objective=objective, form=form)
 
@@ -222,7 +280,8 @@ def _run_steps(
             loss, gradients = jax.value_and_grad(loss_fn)(state.params, problem, tasks)
         updates, opt_state = optimizer.update(gradients, state.opt_state)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), loss
+        following = TrainState(params, opt_state, state.step + 1)
+        return sharding.constrain(following, mesh, RULES), loss
 
     return jax.lax.scan(step, state, length=length)
 

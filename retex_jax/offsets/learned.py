@@ -1,6 +1,6 @@
 """What learned generators are fitted to, and the state that they become (see `retex_jax.offsets.generator`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,8 +46,18 @@ def make_problem(
     groups: list[list[str]],
     form: LearnedForm,
     loss: Loss,
+    place: Callable[[str, jax.Array], jax.Array],
 ) -> Problem:
     """Reads all leaves; theta_0 only for the affine rule and the cosine.
+
+    Args:
+      experts: the experts.
+      base: the merged model's leaves.
+      plans: of every matrix leaf.
+      groups: from `group_leaves`.
+      form: what is learned.
+      loss: of `generator.Objective`.
+      place: ("target" or "direction", what was read of one leaf) to the same where it is to lie.
 
     Returns:
       The problem, float32.
@@ -61,12 +71,12 @@ def make_problem(
         for name in group:
             offsets = shape_shared.task_differences(experts, base, name, plans)
             sums[0][:] += _sums(offsets * offsets)
-            stack.append(offsets)
+            stack.append(place("target", offsets))
             if needs_directions:
                 line = _direction(experts, base, name, plans, form)
                 sums[1][:] += _sums(offsets * line)
                 sums[2][:] += _sums((line * line)[None])
-                lines.append(line)
+                lines.append(place("direction", line))
         share = form == "shape_shared"
         targets[index] = _stacked(stack, share)
         if needs_directions:

@@ -3,8 +3,8 @@
 The tasks lie along the mesh axis "task" and the leaves of one shape along "layer". A device averages and multiplies its
 own experts' leaves; what crosses the task axis is the sum of a leaf (for the average), its Gram matrix and three
 numbers. The eigenvectors are computed along the layer axis side by side, by all devices of the task axis alike, and the
-task factors stay where their experts were read. The answer is that of one device up to the rounding of sums, which are
-in float64 (default).
+task factors stay where their experts were read. Of the finished state each device keeps a part (`RULES`). The answer is
+that of one device up to the rounding of sums, which are in float64 (default).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from retex_jax import tree
+from retex_jax import sharding, tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets.exact import MAX_GRAM
 from retex_jax.offsets.forms import Elementwise, Form, Orientation, Product
 from retex_jax.offsets.state import FitReport, LeafPlan, OffsetState, RankRule, plan_leaves
 from retex_jax.typing import Params, ProgressFn
 
-TASK, LAYER = "task", "layer"
+TASK, LAYER = sharding.TASK, sharding.LAYER
+
+RULES: sharding.Rules = (
+    (r"^(residual|optimum|energy|spectrum)$", P()),
+    (r"^factors$", P(TASK, LAYER)),
+    (r"^(merged|shared)$", (TASK, LAYER)),
+)
+"""Of the parts of one leaf's `Solved`."""
 
 
 class Solved(NamedTuple):
@@ -76,7 +83,7 @@ def fit_sharded(
       progress: called with (leaves done, leaves).
 
     Returns:
-      The state: merged model and shared factors on all devices, task factors along "task".
+      The state: task factors along "task", merged model and shared factors split over all devices.
 
     Raises:
       ValueError: if the mesh has other axes, T is no multiple of its axis "task", a leaf's Gram matrix is too
@@ -96,10 +103,10 @@ def fit_sharded(
     with jax.enable_x64(precision == "float64"):
         for group in tree.groups(keys, lambda _: layers):
             plan = plans.get(group[0])
-            solve = _program(mesh, plan, experts.num_tasks, precision, given is not None)
+            solve = program(mesh, plan, experts.num_tasks, precision, given is not None)
             solved = solve(*_placed(experts, given, group, mesh))
             for index, name in enumerate(group):
-                own = _take(mesh)(solved, index)
+                own = _take(mesh, solved, index)
                 dtype = jax.dtypes.canonicalize_dtype(experts.leaves[name].dtype)
                 merged[name] = own.merged.astype(dtype)
                 offsets[name] = _form(own, plan)
@@ -192,10 +199,18 @@ def _placed(
 
 
 @lru_cache(maxsize=64)
-def _program(
+def program(
     mesh: Mesh, plan: LeafPlan | None, num_tasks: int, precision: str, has_base: bool
 ) -> Callable[..., Solved]:
-    """What solves a group of leaves of one plan."""
+    """What solves a group of leaves of one plan, compiled: the arguments of `_solve` of all devices to `Solved`.
+
+    Args:
+      mesh: as for `fit_sharded`.
+      plan: of the leaves; None below two axes.
+      num_tasks: T.
+      precision: as for `fit_sharded`.
+      has_base: whether the base is given beside the stack.
+    """
     layer = LAYER if LAYER in mesh.shape else None
     by_task, by_layer = P(layer, TASK), P(layer)
     return jax.jit(
@@ -261,15 +276,11 @@ def _squares(x: jax.Array) -> jax.Array:
     return jnp.sum(x.reshape(len(x), prod(x.shape[1:])) ** 2, axis=1)
 
 
-@lru_cache(maxsize=64)
-def _take(mesh: Mesh) -> Callable[[Solved, int], Solved]:
-    """What takes one leaf of a group: the factors along "task", all else on every device."""
-    everywhere = NamedSharding(mesh, P())
-    shardings = Solved._make([everywhere, NamedSharding(mesh, P(TASK)), *[everywhere] * 5])
-    return jax.jit(
-        lambda solved, index: jax.tree.map(lambda part: part[index], solved),
-        out_shardings=shardings,
-    )
+@partial(jax.jit, static_argnums=0)
+def _take(mesh: Mesh, solved: Solved, index: int) -> Solved:
+    """One leaf of a group, where it is kept."""
+    own = jax.tree.map(lambda part: part[index], solved)
+    return sharding.constrain(own, mesh, RULES)
 
 
 def _form(own: Solved, plan: LeafPlan | None) -> Form:

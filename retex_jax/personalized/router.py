@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from retex_jax import sharding
 from retex_jax.typing import Array, Params
 
 Kind = Literal["mlp", "linear"]
@@ -135,6 +137,7 @@ def fit(
     epochs: int = 50,
     batch_size: int = 1024,
     held_out: float = 0.1,
+    mesh: Mesh | None = None,
 ) -> Router:
     """Trains a router by the cross-entropy of task ids.
 
@@ -150,14 +153,21 @@ def fit(
       epochs: passes over the inputs.
       batch_size: inputs a step; all of them where there are fewer.
       held_out: fraction of each task's inputs that chooses the epoch; one input a task at least.
+      mesh: of axes "data", over which each batch is divided, "model", over which parameters and optimizer are
+        split, or both; the answer is that of one device, but for the rounding of sums, and for the biases before a
+        batch norm: their gradients are nothing but rounding, of which Adam makes whole steps. One device when not
+        given.
 
     Returns:
       The router of the best epoch.
 
     Raises:
-      ValueError: if an option is out of range or a task has fewer than 2 inputs; all are listed.
+      ValueError: if an option is out of range or a task has fewer than 2 inputs; all are listed. If the mesh
+        has other axes.
       FloatingPointError: if a loss is not finite.
     """
+    if mesh is not None:
+        sharding.check_axes(mesh, (sharding.DATA, sharding.MODEL))
     problems = option_problems(
         kind=kind,
         dropout=dropout,
@@ -178,10 +188,10 @@ def fit(
     module: Any = Linear(len(names), layer_norm)
     if kind == "mlp":
         module = Mlp(2 * x.shape[1], len(names), batch_norm, dropout)
-    variables: Any = module.init(init_key, x[:1])
+    variables: Any = sharding.place(module.init(init_key, x[:1]), mesh, sharding.MODEL_RULES)
     batch_size = min(batch_size, len(x))
     steps = len(x) // batch_size
-    init, train_epoch, measure = _programs(module, learning_rate, epochs, steps, batch_size)
+    init, train_epoch, measure = _programs(module, learning_rate, epochs, steps, batch_size, mesh)
     opt_state = init(variables["params"])
     best, best_variables = (-1.0, -math.inf), variables
     for epoch in range(epochs):
@@ -246,7 +256,12 @@ def _split(arrays: Sequence[np.ndarray], key: jax.Array, held_out: float) -> tup
 
 @lru_cache(maxsize=8)
 def _programs(
-    module: Any, learning_rate: float, epochs: int, steps: int, batch_size: int
+    module: Any,
+    learning_rate: float,
+    epochs: int,
+    steps: int,
+    batch_size: int,
+    mesh: Mesh | None,
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The optimiser's start, an epoch and its measure; kept, so that routers of one kind compile once."""
     schedule = optax.linear_schedule(learning_rate, 0.0, epochs * steps)
@@ -256,22 +271,24 @@ def _programs(
         variables, opt_state = carry
         indices, key = inputs
         rest = {name: value for name, value in variables.items() if name != "params"}
+        batch = sharding.constrain((x[indices], y[indices]), mesh, sharding.BATCH_RULES)
 
         def loss_fn(params: Params) -> Any:
             outputs, updated = module.apply(
                 {"params": params, **rest},
-                x[indices],
+                batch[0],
                 train=True,
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y[indices])
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch[1])
             return losses.mean(), updated
 
         (loss, updated), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
         params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, **updated}, opt_state), loss
+        following = ({"params": params, **updated}, opt_state)
+        return sharding.constrain(following, mesh, sharding.MODEL_RULES), loss
 
     @jax.jit
     def train_epoch(variables: Any, opt_state: Any, key: jax.Array, x: Array, y: Array) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retex_jax import data, models
+from retex_jax import data, models, sharding
 from retex_jax.identifier import IDENTIFIERS
 from retex_jax.recovery.answers import (
     CHOICES,
@@ -90,6 +90,8 @@ def run(
 ) -> np.ndarray:
     """Runs a model over examples in batches of one shape.
 
+    Where the parameters lie on a mesh (`sharding.place`), so do the batches, which its axis "data" divides.
+
     Args:
       model: Linen module that returns `models.Features`.
       params: its parameters.
@@ -128,8 +130,10 @@ def run_layers(
     inputs = {name: array for name, array in examples.items() if name in names}
     order = data.by_length(inputs)
     outputs: dict[int, list[np.ndarray]] = {block: [] for block in layers}
+    mesh = sharding.mesh_of(params)
     for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
-        features = _apply(model, params, data.trim(batch), depth)
+        placed = sharding.place(data.trim(batch), mesh, sharding.BATCH_RULES)
+        features = _apply(model, params, placed, depth)
         for block, parts in outputs.items():
             chosen = features.layers[block - 1] if block else features.pooled
             parts.append(np.asarray(chosen)[valid])

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from retex_jax import data, models
+from retex_jax import data, models, sharding
 from retex_jax.typing import Batch, Params
 
 CHOICES = ("choice_ids", "choice_mask")
@@ -46,6 +46,8 @@ def run_choices(
 ) -> np.ndarray:
     """`choice_logits` of examples in batches of few shapes, prompts of like length side by side.
 
+    On a mesh as `recovery.run`.
+
     Args:
       model: a causal language model with its head.
       params: its parameters.
@@ -58,12 +60,14 @@ def run_choices(
     inputs = {name: examples[name] for name in (*_PROMPT, *CHOICES)}
     order = data.by_length(inputs)
     outputs = []
+    mesh = sharding.mesh_of(params)
     for batch, valid in data.padded_batches(data.take(inputs, order), batch_size):
         prompts = data.trim({name: batch[name] for name in _PROMPT})
         longest = int(batch["choice_mask"].sum(axis=2).max())
         length = -(-max(longest, 1) // _STEP) * _STEP
         choices = {name: batch[name][:, :, :length] for name in CHOICES}
-        outputs.append(np.asarray(_choice_logits(model, params, {**prompts, **choices}))[valid])
+        placed = sharding.place({**prompts, **choices}, mesh, sharding.BATCH_RULES)
+        outputs.append(np.asarray(_choice_logits(model, params, placed))[valid])
     return np.concatenate(outputs)[np.argsort(order)]
 
 
