@@ -3,12 +3,16 @@
 Under Slurm and Open MPI JAX finds its peers by itself; elsewhere the coordinator's address, the number of processes and
 each one's id are given, or stand in RETEX_COORDINATOR, RETEX_NUM_PROCESSES and RETEX_PROCESS_ID (a Kubernetes JobSet
 sets them; see experiments/cluster).
+
+A scheduler may call one process away and not the others: `any_process` lets all of them leave at the same step.
 """
 
 import os
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 _GIVEN = ("RETEX_COORDINATOR", "RETEX_NUM_PROCESSES", "RETEX_PROCESS_ID")
 # By launcher, the variable that holds the number of processes.
@@ -50,6 +54,13 @@ def start(
         jax.distributed.initialize()
         return jax.process_count()
     return 1
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is so in any process; all of them ask at the same step, and get the same answer."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def _checked(address: object, count: object, own: object) -> tuple[str, int, int]:

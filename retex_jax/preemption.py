@@ -7,6 +7,10 @@
                 checkpoints.save(step + 1, state)
                 raise preemption.Preempted(f"step {step + 1} is saved")
 
+Where several processes share the work, `retex_jax.distributed.any_process(guard.is_called)` lets all leave at one step.
+
+Where several processes share the work, `retex_jax.distributed.any_process(guard.is_called)` lets all leave at one step.
+
 A program ends with exit code 75 (EX_TEMPFAIL of sysexits.h: to be tried again), and the same command goes on from what
 was saved. Outside of a guard, and by a second SIGTERM, the process ends at once, as it always did.
 """

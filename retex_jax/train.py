@@ -25,6 +25,7 @@ from retex_jax import (
     checkpoint,
     collection,
     command_line,
+    distributed,
     estimate,
     evaluate,
     experiment,
@@ -180,7 +181,11 @@ def fit_offsets(
                 writer.write(done, {"loss": loss}, phase="offsets")
 
             guard = stack.enter_context(Guard())
-            options.update(checkpoints=kept, progress=show, preempted=lambda: guard.is_called)
+            options.update(
+                checkpoints=kept,
+                progress=show,
+                preempted=lambda: distributed.any_process(guard.is_called),
+            )
         else:
             unfinished.mkdir(parents=True, exist_ok=True)
             options.update(

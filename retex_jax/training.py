@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from retex_jax import checkpoint, data, logging
+from retex_jax import checkpoint, data, distributed, logging
 from retex_jax.preemption import Guard, Preempted
 
 _State = TypeVar("_State")
@@ -44,7 +44,7 @@ def run(
 
     Raises:
       FloatingPointError: if the loss is not finite, with the step.
-      Preempted: after a SIGTERM, when the step that is under way is saved; it ends the program.
+      Preempted: after a SIGTERM to any process, when the step that is under way is saved; it ends the program.
     """
     checkpoints = checkpoint.Checkpointer(unfinished, max_to_keep=1)
     done = checkpoints.latest() or 0
@@ -60,7 +60,7 @@ def run(
                     f"{name}: the loss is {loss} at step {number}; learning_rate = {learning_rate}"
                 )
             state = after(number, state)
-            is_leaving = guard.is_called
+            is_leaving = distributed.any_process(guard.is_called)
             if is_leaving or number % checkpoint_every == 0 or number == steps:
                 checkpoints.save(number, state)
             progress.update(number, loss=loss)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from retex_jax import distributed
+from retex_jax import checkpoint, distributed, preemption
 
 WORKER = """
 import sys
@@ -44,27 +44,80 @@ print("equal", own)
 """
 
 
+PREEMPTED = """
+import os
+import signal
+import sys
+import jax
+import numpy as np
+from retex_jax import ExpertSet, checkpoint, distributed, offsets, preemption
+
+address, own, out = sys.argv[1:]
+assert distributed.start(address, 2, int(own)) == 2
+for asked, answer in (((), False), ((1,), True), ((0, 1), True)):
+    assert distributed.any_process(int(own) in asked) is answer
+experts = ExpertSet.from_trees(
+    {"kernel": np.zeros((6, 8), np.float32)},
+    [{"kernel": np.float32(np.random.default_rng(seed).normal(size=(6, 8)))} for seed in range(3)],
+)
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def called_away(done, steps, loss):
+    if done == 6 and own == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+    with preemption.Guard() as guard:
+        offsets.fit(
+            experts, rank=2, solver="adam", steps=20, warmup_steps=1, chunk_steps=2, checkpoint_every=20,
+            checkpoints=checkpoint.Checkpointer(out), mesh=mesh, progress=called_away,
+            preempted=lambda: distributed.any_process(guard.is_called),
+        )
+except preemption.Preempted as error:
+    print(guard.is_called, error.message)
+    raise
+"""
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def run_two(code, folder):
+    """Two processes of one run: exit code, output and errors of each."""
     address = f"127.0.0.1:{free_port()}"
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(own), str(tmp_path)],
+            [sys.executable, "-c", code, address, str(own), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for own in range(2)
     ]
-    for own, worker in enumerate(workers):
-        out, err = worker.communicate(timeout=240)
-        assert worker.returncode == 0, err[-3000:]
+    told = [worker.communicate(timeout=240) for worker in workers]
+    return [(worker.returncode, *texts) for worker, texts in zip(workers, told, strict=True)]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    for own, (code, out, err) in enumerate(run_two(WORKER, tmp_path)):
+        assert code == 0, err[-3000:]
         assert f"equal {own}" in out
+
+
+def test_a_signal_to_one_process_lets_both_save_the_same_step_and_leave(tmp_path):
+    for own, (code, out, err) in enumerate(run_two(PREEMPTED, tmp_path)):
+        assert code == preemption.EXIT_CODE, err[-3000:]
+        assert f"{own == 1} the Adam fit is saved at step 6 of 20" in out
+    assert checkpoint.Checkpointer(tmp_path).steps() == [6]
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(gather, lambda *_: pytest.fail("asked"))
+    assert [distributed.any_process(flag) for flag in (False, True)] == [False, True]
 
 
 def test_one_process_starts_nothing(monkeypatch):
