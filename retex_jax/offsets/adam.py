@@ -269,7 +269,9 @@ def run_steps(
       The state after them, and the loss before each, [length].
     """
     num_tasks = len(problem.energies)
-    loss_fn = partial(generator.objective_fn, objective=objective, form=form)
+    loss_fn = partial(
+        generator.objective_fn, objective=objective, form=form, is_split=mesh is not None
+    )
 
     def step(state: TrainState, _: None) -> tuple[TrainState, jax.Array]:
         if tasks_per_step == "one":

@@ -167,13 +167,16 @@ def predict(
 
 
 def loss_fn(
-    params: dict[str, Any], targets: dict[int, jax.Array], tasks: jax.Array | None = None
+    params: dict[str, Any],
+    targets: dict[int, jax.Array],
+    tasks: jax.Array | None = None,
+    is_split: bool = False,
 ) -> jax.Array:
     """Eq. 5 over the given tasks [t] (None: all): the sum of squared errors of all their leaves.
 
     A matrix leaf's square is multiplied out, ||D||^2 - 2 <D S^T, G> + <G^T G, S S^T>, so that no product
     G S is formed: a step then takes two large matrix products instead of three, and no array as large as
-    the offsets. The value is right to float32 rounding of ||D||^2.
+    the offsets. The value is right to float32 rounding of ||D||^2. Where devices split the rows, they are not stacked.
     """
     embeddings = params["embeddings"] if tasks is None else params["embeddings"][tasks]
     squares = []
@@ -183,16 +186,25 @@ def loss_fn(
         if shared.ndim == 1:
             squares.append(jnp.sum((predict(params, index, embeddings) - offsets) ** 2))
             continue
-        # Stacked vertically: contracting one axis (T a) is much faster on CPUs than two.
-        stack = offsets.reshape(len(offsets), -1, offsets.shape[-1])
-        factor = task_factors(params, index, embeddings).reshape(*stack.shape[:2], -1)
-        projected = jnp.einsum("gnb,grb->gnr", stack, shared)
-        factor_gram = jnp.einsum("gnr,gns->grs", factor, factor)
+        factor = task_factors(params, index, embeddings)
+        if not is_split:
+            # Stacked vertically: contracting one axis (T a) is much faster on CPUs than two.
+            offsets, factor = _stacked(offsets), _stacked(factor)
+        rows = "ta" if is_split else "n"
+        projected = jnp.einsum(f"g{rows}b,grb->g{rows}r", offsets, shared)
+        factor_gram = jnp.einsum(f"g{rows}r,g{rows}s->grs", factor, factor)
         shared_gram = jnp.einsum("grb,gsb->grs", shared, shared)
         squares.append(
-            jnp.sum(stack**2) - 2 * jnp.sum(projected * factor) + jnp.sum(factor_gram * shared_gram)
+            jnp.sum(offsets**2)
+            - 2 * jnp.sum(projected * factor)
+            + jnp.sum(factor_gram * shared_gram)
         )
     return jnp.stack(squares).sum()
+
+
+def _stacked(matrices: jax.Array) -> jax.Array:
+    """[G, t, a, b] to [G, t a, b]."""
+    return matrices.reshape(len(matrices), -1, matrices.shape[-1])
 
 
 def objective_fn(
@@ -202,6 +214,7 @@ def objective_fn(
     *,
     objective: Objective,
     form: LearnedForm,
+    is_split: bool = False,
 ) -> jax.Array:
     """The objective over the given tasks [t] (None: all), without forming G S.
 
@@ -209,7 +222,7 @@ def objective_fn(
     ||o_t||^2, and the cosine that of M + o_t with M + D_t.
     """
     if objective.loss == "l2" and form in ("product", "factorized"):
-        return loss_fn(params, problem.targets, tasks)
+        return loss_fn(params, problem.targets, tasks, is_split)
     embeddings = params["embeddings"] if tasks is None else params["embeddings"][tasks]
     energies, alignments = problem.energies, problem.alignments
     if tasks is not None:
@@ -218,7 +231,7 @@ def objective_fn(
     for index, target in problem.targets.items():
         offsets = target if tasks is None else target[:, tasks]
         direction, count = problem.directions.get(index), problem.counts[index]
-        parts = _moments(params, index, embeddings, offsets, direction)
+        parts = _moments(params, index, embeddings, offsets, direction, is_split)
         with_targets += count * parts[0]
         with_directions += count * parts[1]
         squares += count * parts[2]
@@ -239,6 +252,7 @@ def _moments(
     embeddings: jax.Array,
     targets: jax.Array,
     direction: jax.Array | None,
+    is_split: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """<o_t, D_t>, <o_t, M> and ||o_t||^2 of one group of leaves, each [t]; M counts as 0 where it is None."""
     group, num_tasks = params["groups"][index], len(embeddings)
@@ -250,8 +264,8 @@ def _moments(
         one, two, three = (jnp.sum(part, axis=(0, *range(2, part.ndim))) for part in parts)
         return one, two, three
     factor = task_factors(params, index, embeddings)
-    stack = targets.reshape(len(targets), -1, targets.shape[-1])
-    projected = jnp.einsum("gnb,grb->gnr", stack, shared).reshape(factor.shape)
+    stack = targets if is_split else _stacked(targets)
+    projected = jnp.einsum("g...b,grb->g...r", stack, shared).reshape(factor.shape)
     with_targets = jnp.sum(projected * factor, axis=(2, 3))  # [G, t]
     factor_grams = jnp.einsum("gtar,gtas->gtrs", factor, factor)
     shared_grams = jnp.einsum("grb,gsb->grs", shared, shared)
