@@ -14,6 +14,7 @@ from retex_jax import models, recovery, sharding, tree
 from retex_jax.calibration import Calibration
 from retex_jax.identifier import router
 from retex_jax.mergers import adamerging
+from retex_jax.offsets import adam, generator
 
 NUM_DEVICES = 8
 
@@ -179,6 +180,31 @@ def test_adam_on_a_mesh_is_that_of_one_device(sizes, options):
             assert held * mesh.size == part.size
     with pytest.raises(ValueError, match=r"mesh: got axes \{'task': 2\}"):
         rtx.offsets.fit(experts, rank=8, solver="adam", warmup_steps=0, mesh=mesh_of(task=2))
+
+
+def test_no_device_gathers_the_offsets_that_adam_is_fitted_to():
+    """By the analysis of the compiled program: arguments, results and scratch memory."""
+    optimizer = adam.make_optimizer(1e-3, 1, 10)
+    targets = {0: jax.ShapeDtypeStruct((1, 32, 64, 64), jnp.float32)}
+
+    def start():
+        params = generator.init_params(jax.random.key(0), [["a"]], targets, {0: 8}, 4)
+        return adam.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    each, one = jnp.zeros(32), jnp.zeros(())
+    mesh = mesh_of(model=8)
+    parts = (jax.eval_shape(start), generator.Problem(targets, {}, {0: one}, each, each, one))
+    placed = jax.tree.map(
+        lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),
+        parts,
+        tuple(sharding.shardings(part, mesh, adam.RULES) for part in parts),
+    )
+    lowered = adam.run_steps.lower(
+        optimizer, "all", generator.Objective(), "product", mesh, 2, *placed, jax.random.key(0)
+    )
+    found = lowered.compile().memory_analysis()
+    assert found.argument_size_in_bytes < 1.15 / 8 * tree.param_bytes(parts)
+    assert found.temp_size_in_bytes < tree.param_bytes(targets) / 4
 
 
 # Evaluation
