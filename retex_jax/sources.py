@@ -7,7 +7,7 @@ leaves lie in host memory or in mapped files can also be a `MappedSource`, of wh
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
 class MappedSource(Source, Protocol):
     """A source whose leaves, or some of them, can be read in parts."""
 
@@ -138,7 +137,9 @@ def _is_real(dtype: Any) -> bool:
 
 def mapped(source: Source, name: str) -> np.ndarray | None:
     """One leaf, flattened, without a copy: [size]; None where the source cannot be read in parts."""
-    return source.mapped(name) if isinstance(source, MappedSource) else None
+    # Checking for a protocol with `isinstance` would take longer than reading a small leaf.
+    read = getattr(source, "mapped", None)
+    return read(name) if read else None
 
 
 def read_part(source: Source, name: str, part: slice | None) -> Array:

@@ -147,6 +147,7 @@ def roberta(tmp_path):
         yield write(tmp_path, "roberta")
 
 
+@pytest.mark.slow  # tests/test_finetune_snapshot.py has the same of the loop
 def test_interrupted_run_goes_on(roberta, tmp_path, monkeypatch):
     """To the bit, with the best parameters so far."""
     whole = finetune_snapshot.run(roberta).rename(tmp_path / "whole")

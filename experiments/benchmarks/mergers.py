@@ -6,7 +6,8 @@ The experts are made here from a random model and random deltas: synthetic, for 
 a process of its own, in turn with the others: whole-process seconds; seconds inside, from opening the files to the
 written result; and the peak of anonymous memory (what files that are mapped into memory take is not counted).
 "read_write" reads every byte of all nine files and writes one model. mergekit 0.1.5 (pip install mergekit==0.1.5, in an
-environment of its own) fails offline when it copies the tokenizer, after the merged model is written. Prints the
+environment of its own) fails offline when it copies the tokenizer, after the merged model is written. Before each
+process, ours or mergekit's, all files are read once, so that they lie in the page cache for both. Prints the
 ratios that matter (whole process against mergekit, inside against read_write, peak memory against one model and one
 leaf's stack) beside their goals, and writes experiments/benchmarks/mergers.json.
 """
@@ -121,6 +122,15 @@ def read_write(folder: Path, out: Path) -> None:
             total += int(x.view(np.uint32).max())
     tensors = safetensors.numpy.load_file(base)
     safetensors.numpy.save_file(tensors, out)
+
+
+def warm(folder: Path) -> None:
+    """Reads all files, so that what follows finds them in the page cache."""
+    base, experts = paths(folder)
+    for path in (base, *experts):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
 
 
 def merge(method: str, folder: Path, out: Path) -> None:
@@ -274,8 +284,10 @@ def main() -> None:
     for method in args.methods:
         ours, theirs = [], []
         for _ in range(args.repeats):
+            warm(args.folder)
             ours.append(run_ours(method, args.folder))
             if args.mergekit and method in MERGEKIT:
+                warm(args.folder)
                 theirs.append(run_mergekit(args.mergekit, method, args.folder))
         results["ours"][method] = medians(ours)
         print(method, results["ours"][method], flush=True)
