@@ -21,6 +21,7 @@ _GIVEN_BY_THE_PROGRAM = {
     "roots",
     "file",
     "preempted",
+    "mesh",
 }
 
 

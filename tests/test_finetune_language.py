@@ -11,6 +11,7 @@ import language_stand_ins as stand_ins
 import numpy as np
 import pytest
 import tiny
+from tiny_snapshots import kill_at
 
 from retex_jax import (
     command_line,
@@ -151,15 +152,7 @@ def roberta(tmp_path):
 def test_interrupted_run_goes_on(roberta, tmp_path, monkeypatch):
     """To the bit, with the best parameters so far."""
     whole = finetune_snapshot.run(roberta).rename(tmp_path / "whole")
-    real, calls = finetune_steps.train_step, []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(finetune_steps, "train_step", killed)
+    calls = kill_at(monkeypatch, finetune_steps, "train_step", 4)
     with pytest.raises(KeyboardInterrupt):
         finetune_snapshot.run(roberta)
     resumed = finetune_snapshot.run(roberta)

@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tiny_snapshots import clip_snapshots
+from tiny_snapshots import clip_snapshots, kill_at
 
 from configs import finetune_clip as configuration
 from retex_jax import (
@@ -117,15 +117,7 @@ def test_interrupted_run_goes_on(root, monkeypatch):
     whole = finetune_snapshot.run(spec)
     want, _ = loaded(whole, spec)
     whole.rename(root / "whole")
-    real, calls = finetune_steps.train_step, []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(finetune_steps, "train_step", killed)
+    calls = kill_at(monkeypatch, finetune_steps, "train_step", 4)
     with pytest.raises(KeyboardInterrupt):
         finetune_snapshot.run(spec)
     other = copy.deepcopy(spec)

@@ -53,6 +53,7 @@ def test_tiny_experiment_can_run(world):
         ("offsets.exact.precison", "float64", "offsets.exact.precison: unknown"),
         ("offsets.exact.file", "factors.safetensors", "offsets.exact.file: unknown"),
         ("offsets.exact.task_weights", (1, 2, 3), "offsets.exact.task_weights: unknown"),
+        ("offsets.adam.mesh", 8, "offsets.adam.mesh: unknown"),
         ("offsets.adam.lr", 1.0, "offsets.adam.lr: unknown, expected some of"),
         ("offsets.base", "average", "offsets.base: got 'average', expected one of"),
         ("identifier.layer", 3, "identifier.layer: got 3, expected 1 to 2, or 0"),

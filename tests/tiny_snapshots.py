@@ -103,3 +103,17 @@ def roberta_snapshots(root):
         export(root / name, model, params, architecture)
         made[name] = (model, params)
     return base, made
+
+
+def kill_at(monkeypatch, module, name, number):
+    """Ends a program by KeyboardInterrupt at one call of a module's function; gives the arguments of all calls."""
+    real, calls = getattr(module, name), []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, name, killed)
+    return calls

@@ -1,0 +1,35 @@
+"""Memory that was freed goes back to the system."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from retex_jax import buffers
+
+_SIZE, _COUNT = 50_000, 2_000  # below what the C library maps
+
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no malloc_trim")
+def test_freed_memory_is_given_back():
+    if buffers._trim is None:
+        pytest.skip("a C library without malloc_trim")
+    blocks = [b"x" * (_SIZE + index) for index in range(_COUNT)]
+    last = b"x" * (
+        _SIZE + _COUNT
+    )  # what lies behind keeps the C library from giving all back itself
+    held = anonymous_bytes()
+    del blocks
+    buffers.give_back_freed()
+    assert held - anonymous_bytes() > 0.8 * _SIZE * _COUNT
+    assert last
+
+
+def test_without_such_a_c_library_nothing_happens(monkeypatch):
+    monkeypatch.setattr(buffers, "_trim", None)
+    buffers.give_back_freed()
