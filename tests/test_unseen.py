@@ -524,3 +524,40 @@ def test_the_program_goes_on_where_it_was(tried, tmp_path, monkeypatch, capsys):
             assert split["rows"][name] == row
         assert set(split["rows"]["pretrained"]["unseen"]) == {split["name"]}
         assert set(split["rows"]["pretrained"]["seen"]) == set(split["seen"])
+
+
+def test_damaged_rows_are_made_again(tried, tmp_path, capsys):
+    run, _, settings = tried
+    config = tiny.get_config()
+    config.unseen = {**settings["unseen"], "temperatures": (1.0,)}
+    config.methods, path = "weight_average", tmp_path / "results.json"
+    with tiny.world(run.cache):
+        whole = unseen.evaluate_unseen(config, tmp_path)
+    settings = command_line.as_dict(config)
+    kept = unseen.previous(path, settings)
+    first = whole["splits"][0]
+    assert list(kept) == [split["name"] for split in whole["splits"]]
+
+    def changed(change):
+        results = json.loads(json.dumps(whole))
+        change(results)
+        path.write_text(json.dumps(results))
+        capsys.readouterr()
+        found = unseen.previous(path, settings)
+        assert found or "damaged, and is replaced" in capsys.readouterr().err
+        return found
+
+    def another_accuracy(results):
+        results["splits"][0]["rows"]["weight_average"]["unseen"][first["name"]] += 2**-20
+
+    assert not changed(another_accuracy)
+    assert not changed(lambda results: results["splits"][0].update(name="other"))
+    assert not changed(lambda results: results["others"].update(other={}))
+    for name, value in (("splits", None), ("splits", [None]), ("others", [])):
+        assert not changed(lambda results, name=name, value=value: results.update({name: value}))
+        without = {name: value}
+        assert not changed(
+            lambda results, without=without: (results.pop("sha256"), results.update(without))
+        )
+    assert changed(lambda results: results.pop("sha256")) == kept  # of before there were hashes
+    assert changed(lambda results: results.update(seconds={})) == kept

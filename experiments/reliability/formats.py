@@ -37,6 +37,7 @@ from retex_jax.offsets import factor_file, factor_header
 from retex_jax.recovery import Identifier
 from retex_jax.snapshot import SafetensorsFile, Snapshot
 from retex_jax.sources import TreeSource
+from retex_jax.unseen import __main__ as unseen
 
 NAMES = ("one", "two")
 SETTINGS = {
@@ -45,6 +46,9 @@ SETTINGS = {
     "model": {"name": "vit"},
     "experts": {"pretrained": ""},
     "search": {"num_inputs": 1},
+    "identifier": {},
+    "offsets": {},
+    "unseen": {"num_train": 1, "num_test": 1, "temperatures": []},
 }
 EXPERIMENT = {"name": "tiny", "offsets": {"rank": 2, "base": "ties"}, "tasks": [*NAMES]}
 
@@ -320,6 +324,36 @@ class Rows:
         return [rows, {name: x for name, x in results["searches"].items() if name in rows}]
 
 
+class UnseenRows:
+    """Rows of unseen tasks that a later run keeps; see `Rows`."""
+
+    name, share = "unseen rows", 4
+
+    def write(self, folder: Path) -> None:
+        """Writes a sample."""
+        rows = [{"ties": {"unseen": {name: 0.5}, "seen": {}}} for name in NAMES]
+        splits = [{"name": name, "rows": row} for name, row in zip(NAMES, rows, strict=True)]
+        others = {"three": {"ties": {"unseen": {"three": 0.25}, "seen": {}}}}
+        text = json.dumps(dict(zip(NAMES, rows, strict=True)) | others, sort_keys=True).encode()
+        results = {"identity": unseen.identity(SETTINGS), "splits": splits, "others": others}
+        artifact.write_json(folder / "results.json", {**results, "sha256": digest(text)})
+
+    def read(self, folder: Path) -> Any:
+        """What is kept."""
+        return unseen.previous(folder / "results.json", SETTINGS)
+
+    def answers(self) -> list[Any]:
+        """None kept."""
+        return [{}]
+
+    def truth(self, folder: Path) -> Any:
+        """What the file says; results of before they were hashed are believed."""
+        results = json.loads((folder / "results.json").read_text())
+        if "sha256" in results:
+            raise ValueError("these have a hash")
+        return {split["name"]: split["rows"] for split in results["splits"]} | results["others"]
+
+
 class Workdir:
     """The settings that a workdir is of."""
 
@@ -440,6 +474,7 @@ FORMATS: list[Any] = [
     Checkpoint(),
     Experts(),
     Rows(),
+    UnseenRows(),
     Workdir(),
     Plain(),
     Shards(),

@@ -9,7 +9,8 @@ the numbers allow. All is fitted on seen experts only; every row has the same ki
 task's own expert with such a head. Mergers have their published options, unsearched, and one seed.
 
 The workdir (workdirs/NAME_unseen by default) receives results.json after every method; a run that was stopped goes on
-where it was. A method that fails is reported with its error, and the rest go on; the exit status is then 1.
+where it was, with the rows whose hash is right. A method that fails is reported with its error, and the rest go on;
+the exit status is then 1.
 """
 
 import json
@@ -38,6 +39,7 @@ from retex_jax.unseen.rules import OWN, PRETRAINED, Rule, has_text, make_row, pl
 
 _DECIDE = ("seed", "model", "tasks", "data", "finetune", "experts", "calibration", "identifier")
 _FILE = "results.json"
+_HASH = "sha256"
 
 
 def identity(settings: experiment.Settings) -> str:
@@ -115,14 +117,36 @@ def previous(path: Path, settings: experiment.Settings) -> dict[str, dict[str, A
         results = files.read_json(path)
     except ValueError:
         results = {}
-    if not isinstance(results, dict) or results.get("identity") != identity(settings):
+    is_ours = isinstance(results, dict) and results.get("identity") == identity(settings)
+    if not (is_ours and _is_whole(results)):
         logging.warning(f"{path} is of another experiment, or damaged, and is replaced")
         return {}
-    kept = {split["name"]: split["rows"] for split in results["splits"]} | results["others"]
+    kept = _by_split(results)
     logging.info(
         f"kept {sum(map(len, kept.values()))} rows of {path}; without that file they are made again"
     )
     return kept
+
+
+def _by_split(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of the split to rule to row, of the splits of the run and of others."""
+    return {split["name"]: split["rows"] for split in results["splits"]} | results["others"]
+
+
+def _is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether rows are what was written; those of before they were hashed are believed."""
+    splits, others = results.get("splits"), results.get("others")
+    if not (isinstance(splits, list) and isinstance(others, dict)):
+        return False
+    if not all(isinstance(split, dict) and {"name", "rows"} <= split.keys() for split in splits):
+        return False
+    if not all(isinstance(split["name"], str) for split in splits):
+        return False
+    found = _by_split(results)
+    if not all(isinstance(rows, dict) for rows in found.values()):
+        return False
+    digest = files.json_hash(found)
+    return results.get(_HASH, digest) == digest
 
 
 def _attempt(
@@ -169,6 +193,7 @@ def _write(
         "seconds": dict(clock.seconds),
     }
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    results[_HASH] = files.json_hash(_by_split(results))
     artifact.write_json(workdir / _FILE, results)
     return results
 
