@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from retex_jax import tree
-from retex_jax.buffers import scratch
+from retex_jax.buffers import aligned_empty, scratch
 from retex_jax.lora.source import LoraSource
 from retex_jax.sources import (
     SafetensorsSource,
@@ -239,8 +239,9 @@ class ExpertSet:
         for task, expert in zip(names, experts, strict=True):
             problems += _mismatches(task, leaves, _kept(expert, exclude))
         if check_finite and not problems:
-            owned = zip(("pretrained", *names), (pretrained, *experts), strict=True)
-            for owner, source in owned:
+            is_file = isinstance(pretrained, SafetensorsSource)
+            base = f"pretrained ({pretrained.path})" if is_file else "pretrained"
+            for owner, source in zip((base, *names), (pretrained, *experts), strict=True):
                 problems += _not_finite(owner, source, leaves) if source is not None else []
         if problems:
             raise ValueError("the experts do not fit:\n  " + "\n  ".join(problems))
@@ -296,8 +297,10 @@ class ExpertSet:
         leaves = [read_part(source, name, part) for source in self._experts]
         if part is not None:
             return np.stack(leaves, out=scratch(len(leaves), leaves[0].size), casting="unsafe")
-        stack = jnp.stack if isinstance(leaves[0], jax.Array) else np.stack
-        return jnp.asarray(stack(leaves), dtype=jnp.float32)
+        if any(isinstance(leaf, jax.Array) for leaf in leaves):
+            return jnp.asarray(jnp.stack(leaves), dtype=jnp.float32)
+        stack = aligned_empty([len(leaves), *leaves[0].shape], np.float32)
+        return jax.device_put(np.stack(leaves, out=stack, casting="unsafe"), may_alias=True)
 
     @overload
     def task_vectors(self, name: str, part: None = None) -> jax.Array: ...

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import jax
@@ -187,12 +187,21 @@ def sum_experts(
     size = math.prod(experts.leaves[name].shape) if part is None else part.stop - part.start
     starts = range(0, experts.num_tasks, max(1, min(_MOST_UNROLLED, _STACK // max(size, 1))))
     chunks = (range(start, min(start + starts.step, experts.num_tasks)) for start in starts)
-    # Each is computed before the next are read, which may take the same memory.
-    sums = (jax.block_until_ready(_sum(read(experts.take(chunk)))) for chunk in chunks)
-    return reduce(jnp.add, sums)
+    total = None
+    for chunk in chunks:
+        some = read(experts.take(chunk))
+        # Computed before the next are read, which may take the same memory.
+        total = jax.block_until_ready(_sum(some) if total is None else _add(total, some))
+    assert total is not None
+    return total
 
 
 _sum = jax.jit(sum_over_tasks)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(total: jax.Array, values: jax.Array) -> jax.Array:
+    return total + sum_over_tasks(values)
 
 
 def check_finite_number(name: str, value: float) -> None:

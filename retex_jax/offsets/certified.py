@@ -7,9 +7,11 @@ vectors in float64; what the found subspace captures is measured from the offset
 any other could capture. The sum of squares without that bound is a lower bound of the least residual.
 It is reported as the optimum where the residual is within `TOLERANCE` of it; where it is not, the same is
 tried in float64, and then all eigenvectors are computed by the caller.
+
+`solve_parts` does the same with a few tasks at a time: float32 products of some tasks, whose sums are in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,15 +33,25 @@ _STRIPS = 4
 # Sides of a Gram matrix: below float64 costs nothing, above the matrix itself costs too much.
 _LEAST_SIDE = 512
 _MOST_SIDE = 8192
+# Products of a Gram matrix of parts below which float64 costs nothing.
+_LEAST_PRODUCTS = 1 << 32
+# A Gram matrix below this side is computed whole.
+_LEAST_STRIPPED = 1024
+# Rows that are made float64 at once: they stay in the processor's cache.
+_ROWS = 512
 # The mean square of an entry whose float32 products neither vanish nor overflow.
 _SQUARES = (1e-25, 1e25)
+
+
+Weighted = Callable[[], Iterator[tuple[range, jax.Array, jax.Array]]]
+"""A pass over the tasks: some of them, their offsets [c, a, b] and their weights [c], float32."""
 
 
 class Certified(NamedTuple):
     """Of one leaf.
 
     Attributes:
-      task_factors: [T, a, r], float32.
+      task_factors: [T, a, r], float32; by `solve_parts` [0, a, r], as they were put elsewhere.
       shared_factor: [r, b], float32, orthonormal rows.
       residual: of these factors.
       optimum: a lower bound of the least residual.
@@ -59,6 +71,13 @@ def is_worth(shape: tuple[int, int, int]) -> bool:
     """Whether offsets [T, a, b] are large enough to be solved here, and not too large for a Gram matrix."""
     num_tasks, rows, columns = shape
     return _LEAST_SIDE <= min(num_tasks * rows, columns) <= _MOST_SIDE
+
+
+def is_worth_in_parts(shape: tuple[int, int, int], rank: int) -> bool:
+    """As `is_worth`, of offsets [T, a, b] that are read a few tasks at a time."""
+    num_tasks, rows, columns = shape
+    is_large = num_tasks * rows * columns**2 >= _LEAST_PRODUCTS
+    return is_large and rank <= columns <= min(_MOST_SIDE, num_tasks * rows)
 
 
 def solve(read: Callable[[], jax.Array], rank: int) -> Certified | None:
@@ -93,10 +112,82 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     if found is None:
         return None
     del gram
-    factors, shared, residual, captured, overlaps = _project(read(), found.vectors, rank)
-    residual = float(residual)
-    matrices = np.asarray(captured), np.asarray(overlaps)
-    bound = eigen.most_captured(*matrices, found, rank, float(error))
+    own = read()
+    is_tall = own.shape[0] * own.shape[1] >= own.shape[2]
+    factors, shared, measured = _project(own, found.vectors, rank, is_tall)
+    return _certify(factors, shared, measured, found, energy, float(error), dtype)
+
+
+def solve_parts(
+    weighted: Weighted, columns: int, rank: int, put: Callable[[range, jax.Array], None]
+) -> Certified | None:
+    """Solves one leaf of which a few tasks are held at a time, with products in float32.
+
+    Args:
+      weighted: gives the offsets, float32, in the same parts at both calls; there are at least b rows of all tasks. A
+        task's squared error counts times the square of its weight, which is positive.
+      columns: b.
+      rank: r, from 1 to b.
+      put: takes some tasks' factors, [c, a, r]. What it took is of no use where None is returned.
+
+    Returns:
+      The solution, weighted, or None where it could not be certified.
+    """
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        sums, size = _no_sums(columns), 0
+        for _, offsets, own in weighted():
+            size += offsets.size
+            sums = _add_products(sums, _scale(offsets, own))
+        energy = float(sums.energy)
+        if not _SQUARES[0] < energy / size < _SQUARES[1]:
+            return None
+        gram, error = _gram([strip.astype(jnp.float32) for strip in sums.strips], sums.exact)
+        del sums
+        found = eigen.leading(gram, rank, TOLERANCE)
+        if found is None:
+            return None
+        del gram
+        shared, factors = jnp.zeros(()), jnp.zeros(())
+        measured = _Measured(*(jnp.zeros((), jnp.float64) for _ in _Measured._fields))
+        for part, offsets, own in weighted():
+            scaled = _scale(offsets, own)
+            factors, shared, here = _project(scaled, found.vectors, rank, is_tall=True)
+            put(part, _scale(factors, 1 / own))
+            measured = _Measured(
+                measured.residual + here.residual,
+                measured.captured + here.captured,
+                here.overlaps,
+            )
+        return _certify(factors[:0], shared, measured, found, energy, float(error), "float32")
+
+
+class _Measured(NamedTuple):
+    """Of a subspace Q, from the offsets themselves; float64.
+
+    Attributes:
+      residual: of the factors.
+      captured: Q^T (C + F) Q, [m, m].
+      overlaps: Q^T Q, [m, m].
+    """
+
+    residual: jax.Array
+    captured: jax.Array
+    overlaps: jax.Array
+
+
+def _certify(
+    factors: jax.Array,
+    shared: jax.Array,
+    measured: _Measured,
+    found: eigen.Leading,
+    energy: float,
+    error: float,
+    dtype: str,
+) -> Certified | None:
+    """The solution, if its residual is close enough to what any other could have."""
+    residual = float(measured.residual)
+    matrices = np.asarray(measured.captured), np.asarray(measured.overlaps)
+    bound = eigen.most_captured(*matrices, found, len(shared), error)
     optimum = max(energy - bound, 0.0)
     is_rounding = dtype == "float64" and residual <= _ROUNDING * energy
     is_close = residual <= (1 + TOLERANCE) * optimum and residual >= _FLOOR[dtype] * energy
@@ -116,6 +207,63 @@ def _parts(offsets: jax.Array) -> jax.Array:
     if num_tasks * rows >= columns:
         return offsets
     return offsets.reshape(-1, columns).T[None]
+
+
+class _Sums(NamedTuple):
+    """Over tasks, float64.
+
+    Attributes:
+      strips: what of C is on and above the diagonal, in strips of rows.
+      exact: C's products with `eigen.probes`, [n, k].
+      energy: the sum of squares.
+    """
+
+    strips: list[jax.Array]
+    exact: jax.Array
+    energy: jax.Array
+
+
+def _starts(columns: int) -> Sequence[int]:
+    """Where the strips of a Gram matrix of parts start."""
+    return range(0, columns, columns if columns < _LEAST_STRIPPED else -(-columns // _STRIPS))
+
+
+def _no_sums(columns: int) -> _Sums:
+    starts = _starts(columns)
+    ends = [*starts[1:], columns]
+    strips = [
+        jnp.zeros((end - start, columns - start)) for start, end in zip(starts, ends, strict=True)
+    ]
+    return _Sums(strips, jnp.zeros((columns, eigen.PROBES)), jnp.zeros(()))
+
+
+@partial(jax.jit, donate_argnames="sums")
+def _add_products(sums: _Sums, offsets: jax.Array) -> _Sums:
+    """Adds some tasks' float32 products, and products with `eigen.probes` and squares in float64."""
+    columns = offsets.shape[-1]
+    stack = offsets.reshape(-1, columns)
+    starts, probes = _starts(columns), eigen.probes(columns)
+    ends = [*starts[1:], columns]
+    strips = [
+        strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
+        for strip, start, end in zip(sums.strips, starts, ends, strict=True)
+    ]
+
+    def add(rows: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        wide = rows.astype(jnp.float64)
+        return sums[0] + wide.T @ (wide @ probes), sums[1] + jnp.sum(wide**2)
+
+    def add_some(index: int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return add(jax.lax.dynamic_slice_in_dim(stack, index * _ROWS, _ROWS), sums)
+
+    whole = len(stack) // _ROWS
+    exact, energy = jax.lax.fori_loop(0, whole, add_some, (sums.exact, sums.energy))
+    return _Sums(strips, *add(stack[whole * _ROWS :], (exact, energy)))
+
+
+def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiplies each task's values by its weight."""
+    return values * weights[:, None, None] if np.any(weights != 1) else values
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -157,18 +305,25 @@ def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Arr
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 
-@partial(jax.jit, static_argnames="rank")
+@partial(jax.jit, static_argnames=("rank", "is_tall"))
 def _project(
-    offsets: jax.Array, vectors: jax.Array, rank: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Factors, their residual, Q^T (C + F) Q and Q^T Q."""
-    num_tasks, rows, columns = offsets.shape
+    offsets: jax.Array, vectors: jax.Array, rank: int, is_tall: bool
+) -> tuple[jax.Array, jax.Array, _Measured]:
+    """Task factors [c, a, r], shared factor [r, b] and what the subspace captures.
+
+    Args:
+      offsets: [c, a, b].
+      vectors: Q, [n, m].
+      rank: r.
+      is_tall: whether Q is of the columns; else of the rows of all tasks, which are then here.
+    """
     dtype = vectors.dtype
-    projected = jax.lax.map(lambda part: part.astype(dtype) @ vectors, _parts(offsets))
+    parts = offsets if is_tall else _parts(offsets)
+    projected = jax.lax.map(lambda part: part.astype(dtype) @ vectors, parts)
     products = jax.lax.map(lambda part: (part.T @ part).astype(jnp.float64), projected)
     squares = jax.lax.map(lambda part: jnp.sum(part.astype(jnp.float64) ** 2, axis=0), projected)
     captured = jnp.fill_diagonal(products.sum(axis=0), squares.sum(axis=0), inplace=False)
-    if num_tasks * rows >= columns:
+    if is_tall:
         shared = vectors[:, :rank].T.astype(jnp.float32)
         factors = projected[:, :, :rank].astype(jnp.float32)
     else:
@@ -183,4 +338,4 @@ def _project(
 
     residual = jnp.sum(jax.lax.map(squared_error, (offsets, factors)))
     wide = vectors.astype(jnp.float64)
-    return factors, shared, residual, captured, wide.T @ wide
+    return factors, shared, _Measured(residual, captured, wide.T @ wide)

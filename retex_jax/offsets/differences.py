@@ -4,6 +4,7 @@ Leaves below two axes have no factors: each task's own difference is its offset.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from retex_jax import tree
 from retex_jax.buffers import aligned_empty
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets.coding import code, dense
-from retex_jax.offsets.forms import Elementwise, Form
+from retex_jax.offsets.forms import Elementwise, Form, Orientation
 from retex_jax.offsets.state import FitReport, LeafPlan
 from retex_jax.typing import FlatParams
 
@@ -49,7 +50,7 @@ def vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
     """d_t = theta_t - theta_merge of one leaf: [T, *shape], float32."""
     parts = experts.parts(name)
     if None in parts:
-        return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
+        return _whole(experts, base, name)
     shape = experts.leaves[name].shape
     merged = np.asarray(base[name]).reshape(-1)
     differences = aligned_empty([experts.num_tasks, merged.size], np.float32)
@@ -61,7 +62,25 @@ def vectors(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
     return jnp.asarray(jax.device_put(differences, may_alias=True))
 
 
+def _whole(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
+    """As `vectors`, of leaves that are read whole: one expert's at a time where they are in host memory."""
+    first = experts.expert(name, 0)
+    if isinstance(first, jax.Array):
+        return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
+    merged = np.asarray(base[name])
+    differences = aligned_empty([experts.num_tasks, *first.shape], np.float32)
+    for task, row in enumerate(differences):
+        leaf = experts.expert(name, task) if task else first
+        np.subtract(leaf, merged, out=row, dtype=np.float32, casting="unsafe")
+    return jnp.asarray(jax.device_put(differences, may_alias=True))
+
+
 def matrices(experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan) -> jax.Array:
     """D_t of one leaf, as matrices: [T, a, b], float32; transposed where S stands on the left."""
-    seen = tree.to_matrix(vectors(experts, base, name), plan.view)
-    return jnp.asarray(seen if plan.orientation == "right" else seen.swapaxes(-1, -2))
+    return _oriented(vectors(experts, base, name), plan.view, plan.orientation)
+
+
+@partial(jax.jit, static_argnames=("view", "orientation"))
+def _oriented(values: jax.Array, view: tree.MatrixView, orientation: Orientation) -> jax.Array:
+    seen = tree.to_matrix(values, view)
+    return jnp.asarray(seen if orientation == "right" else seen.swapaxes(-1, -2))

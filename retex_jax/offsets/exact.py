@@ -281,12 +281,12 @@ def _stream(
     return streamed.solve(
         read,
         streamed.chunks(experts.num_tasks, 4 * prod(plan.solved_shape), stack_bytes, bits),
-        plan.solved_shape[1],
+        plan.solved_shape,
         plan.rank,
         np.asarray(weights),
         max_gram=MAX_GRAM,
         bits=bits,
-        precision="float64" if precision == "auto" else precision,
+        precision=precision,
         empty=streamed.in_memory if file is None else file.empty,
     )
 

@@ -2,8 +2,8 @@
 
 The Gram matrix of the stacked offsets is a sum over tasks, and so are the energy and the residual: two passes over the
 experts, one for the sum and one for the task factors, need the memory of a few tasks' offsets, whatever T is. All sums
-are in float64 (default), so that the optimum is known. Where the Gram matrix is too large, power iterations take more
-passes.
+are in float64, so that the optimum is known; the products are in float32 where the result can be certified (see
+`retex_jax.offsets.certified`). Where the Gram matrix is too large, power iterations take more passes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax.buffers import aligned_empty
+from retex_jax.offsets import certified
+from retex_jax.offsets.certified import Weighted
 from retex_jax.offsets.coding import Coded, Stored, code, code_factors, concatenate, dense
 
 OVERSAMPLING = 16
@@ -27,10 +29,6 @@ Read = Callable[[Sequence[int]], jax.Array]
 """D_t of some tasks: [c, a, b], float32."""
 
 
-Weighted = Callable[[], Iterator[tuple[range, jax.Array, jax.Array]]]
-"""A pass over the tasks: some of them, their offsets and their weights."""
-
-
 class Streamed(NamedTuple):
     """Of one leaf.
 
@@ -38,9 +36,10 @@ class Streamed(NamedTuple):
       task_factors: [T, a, r].
       shared_factor: [r, b].
       residual: of these factors, weighted.
-      optimum: of factors that are not coded; NaN where it is unknown: in float32 or by the range finder.
+      optimum: of factors that are not coded; a lower bound where it was certified; NaN where it is unknown: in
+        float32 or by the range finder.
       energy: weighted.
-      spectrum: squared singular values, descending: [b], or [r] by the range finder.
+      spectrum: squared singular values, descending: [b], or those that are known.
     """
 
     task_factors: Stored
@@ -66,13 +65,13 @@ def in_memory(shape: tuple[int, ...]) -> np.ndarray:
 def solve(
     read: Read,
     parts: Sequence[range],
-    columns: int,
+    shape: tuple[int, int],
     rank: int,
     weights: np.ndarray,
     *,
     max_gram: int,
     bits: int = 32,
-    precision: Literal["float64", "float32"] = "float64",
+    precision: Literal["auto", "float64", "float32"] = "auto",
     empty: Callable[[tuple[int, ...]], np.ndarray] = in_memory,
 ) -> Streamed:
     """Solves one leaf.
@@ -80,12 +79,13 @@ def solve(
     Args:
       read: gives the offsets of some tasks; called twice for each part, or seven times above `max_gram`.
       parts: the tasks, in order, as `chunks` cuts them.
-      columns: b.
+      shape: (a, b).
       rank: r, from 1 to min(a, b).
       weights: [T]: a task's squared error counts times the square of its weight.
       max_gram: the largest side of a Gram matrix; the range finder of `retex_jax.offsets.exact` is used above it.
       bits: of an entry of the factors; see `retex_jax.offsets.exact.fit`.
-      precision: of products, sums and eigenvectors.
+      precision: of products, sums and eigenvectors; "auto" is float64, but for products of large leaves in float32
+        that can be certified, if the factors are not coded.
       empty: shape to the float32 memory that takes the task factors, where they are not coded.
 
     Returns:
@@ -97,28 +97,39 @@ def solve(
             own = jnp.asarray(weights[part.start : part.stop], jnp.float32)
             yield part, read(part), own
 
-    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
+    factors: list[np.ndarray] = []
+
+    def put(part: range, own: jax.Array) -> None:
+        if not factors:
+            factors.append(empty((len(weights), *own.shape[1:])))
+        factors[0][part.start : part.stop] = own
+
+    rows, columns = shape
+    is_worth = certified.is_worth_in_parts((len(weights), rows, columns), rank)
+    if precision == "auto" and bits == 32 and columns <= max_gram and is_worth:
+        found = certified.solve_parts(weighted, columns, rank, put)
+        if found is not None:
+            return Streamed(factors[0], *found[1:])
+    exactly = "float64" if precision == "auto" else precision
+    with jax.enable_x64(exactly == "float64"), jax.default_matmul_precision("highest"):
         if columns <= max_gram:
-            shared, spectrum, energy = _by_gram(weighted, rank, precision)
-            optimum = spectrum[rank:].sum() if precision == "float64" else jnp.nan
+            shared, spectrum, energy = _by_gram(weighted, rank, exactly)
+            optimum = spectrum[rank:].sum() if exactly == "float64" else jnp.nan
         else:
-            shared, spectrum, energy = _by_range(weighted, columns, rank, precision)
+            shared, spectrum, energy = _by_range(weighted, columns, rank, exactly)
             optimum = jnp.nan
         stored: Stored = code(shared, bits, axis=-1)
         basis = jnp.asarray(dense(stored))
-        residual = jnp.zeros((), precision)
+        residual = jnp.zeros((), exactly)
         coded: list[Coded] = []
-        factors = None
         for part, offsets, own in weighted():
             own_factors, residual = _project(residual, offsets, own, basis, bits)
             if isinstance(own_factors, Coded):
                 coded.append(own_factors)
             else:
-                if factors is None:
-                    factors = empty((len(weights), *own_factors.shape[1:]))
-                factors[part.start : part.stop] = own_factors
+                put(part, jnp.asarray(own_factors))
     return Streamed(
-        concatenate(coded) if factors is None else factors,
+        factors[0] if factors else concatenate(coded),
         stored,
         float(residual),
         float(optimum),
