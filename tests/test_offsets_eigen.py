@@ -134,6 +134,44 @@ def test_certified_solutions(kind, shape, iterates, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 60, 40), (4, 300, 30), (7, 9, 50), (3, 600, 1030)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_certified_solutions_in_parts(kind, shape):
+    num_tasks, rank = shape[0], 8
+    offsets = reference.stack(kind, shape, rank)
+    weights = np.linspace(0.5, 2, num_tasks).astype(np.float32)
+    put = {}
+
+    def passes():
+        for part in (range(2), range(2, 3), range(3, num_tasks)):
+            if part:
+                own = jnp.asarray(offsets[part.start : part.stop])
+                yield part, own, jnp.asarray(weights[part.start : part.stop])
+
+    solution = certified.solve_parts(
+        passes, shape[2], rank, lambda part, own: put.update(zip(part, own, strict=True))
+    )
+    weighed = offsets * weights[:, None, None]
+    values = reference.squared_singular_values(weighed)
+    least, energy = values[rank:].sum(), values.sum()
+    if solution is None:
+        assert kind != "flat"
+        assert kind != "decaying" or least < 0.02 * energy
+        return
+    shared = np.asarray(solution.shared_factor)
+    factors = np.stack([put[task] for task in range(num_tasks)])
+    assert factors.dtype == shared.dtype == np.float32
+    np.testing.assert_allclose(factors, offsets @ shared.T, rtol=1e-4, atol=1e-5)
+    residual = reference.residual(weighed, factors * weights[:, None, None], shared)
+    assert solution.residual == pytest.approx(residual, rel=1e-5)
+    assert solution.energy == pytest.approx(energy, rel=1e-6)
+    assert solution.optimum <= least * (1 + 1e-6)
+    assert residual <= (1 + 1e-4) * least
+    np.testing.assert_allclose(
+        solution.spectrum[:rank], values[:rank], rtol=1e-3, atol=1e-5 * energy
+    )
+
+
 def test_what_is_certified_at_all():
     """Decaying and flat spectra must not fall back: no solution would pass all tests above."""
     for kind in ("decaying", "flat"):

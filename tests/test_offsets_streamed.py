@@ -8,7 +8,7 @@ from expert_sets import expert_set
 
 import retex_jax as rtx
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import exact, factor_file, streamed
+from retex_jax.offsets import certified, exact, factor_file, streamed
 from retex_jax.offsets.coding import code, concatenate, dense
 
 NUM_TASKS = 19
@@ -71,6 +71,55 @@ def test_no_more_than_a_few_tasks_are_read_at_once(experts, monkeypatch):
     matrices = [name for name in counts if len(experts.leaves[name].shape) > 1]
     assert matrices
     assert all(counts[name] == {1} for name in matrices)
+
+
+def streamed_precisions(monkeypatch, experts, **options):
+    """Fits a few tasks at a time, all leaves being large; the solutions of `certified.solve_parts`, and the state."""
+    solve, solutions = certified.solve_parts, []
+
+    def spy(*arguments):
+        solutions.append(solve(*arguments))
+        return solutions[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certified, "_LEAST_PRODUCTS", 0)
+        patch.setattr(certified, "solve_parts", spy)
+        return solutions, FIT(experts, rank=2, stack_bytes=1, **options)
+
+
+@pytest.mark.parametrize("weights", [None, "energy"])
+def test_large_leaves_are_multiplied_in_single_precision(experts, monkeypatch, weights, tmp_path):
+    path = tmp_path / "offsets.safetensors"
+    solutions, state = streamed_precisions(monkeypatch, experts, task_weights=weights, file=path)
+    assert solutions and all(solutions)
+    want = FIT(experts, rank=2, task_weights=weights)
+    assert state.report.residual == pytest.approx(want.report.residual, rel=1e-4)
+    assert state.report.energy == pytest.approx(want.report.energy, rel=1e-6)
+    assert want.report.residual / (1 + 1e-4) <= state.report.optimum <= want.report.residual
+    assert_close(rtx.offsets.recover(state, 3), rtx.offsets.recover(want, 3), atol=2e-3)
+    loaded = factor_file.load(path)
+    for name, form in state.offsets.items():
+        for one, same in zip(
+            jax.tree.leaves(form), jax.tree.leaves(loaded.offsets[name]), strict=True
+        ):
+            np.testing.assert_array_equal(one, same)
+
+
+def test_what_is_not_certified_is_solved_in_double_precision(experts, monkeypatch, tmp_path):
+    want = FIT(experts, rank=2)
+    monkeypatch.setitem(certified._FLOOR, "float32", 2.0)
+    path = tmp_path / "offsets.safetensors"
+    solutions, state = streamed_precisions(monkeypatch, experts, file=path)
+    assert solutions and not any(solutions)
+    assert_close(rtx.offsets.recover(state, 3), rtx.offsets.recover(want, 3))
+    assert state.report.optimum == pytest.approx(want.report.optimum, rel=1e-6)
+    factor_file.load(path)
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"precision": "float64"}], ids=str)
+def test_what_is_coded_or_asked_for_is_solved_in_double_precision(experts, monkeypatch, options):
+    solutions, state = streamed_precisions(monkeypatch, experts, **options)
+    assert not solutions and np.isfinite(state.report.optimum)
 
 
 def test_a_side_that_is_too_large_for_a_gram_matrix(experts, monkeypatch):

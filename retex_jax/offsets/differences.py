@@ -69,8 +69,8 @@ def _whole(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
         return jnp.asarray(experts.stacked(name)) - jnp.asarray(base[name], dtype=jnp.float32)
     merged = np.asarray(base[name])
     differences = aligned_empty([experts.num_tasks, *first.shape], np.float32)
-    for task, row in enumerate(differences):
-        leaf = experts.expert(name, task) if task else first
+    for task in range(experts.num_tasks):
+        leaf, row = experts.expert(name, task) if task else first, differences[task, ...]
         np.subtract(leaf, merged, out=row, dtype=np.float32, casting="unsafe")
     return jnp.asarray(jax.device_put(differences, may_alias=True))
 
