@@ -13,7 +13,7 @@ from retex_jax.typing import Params
 
 
 def average(experts: ExpertSet, name: str, part: slice | None = None) -> jax.Array:
-    """Mean over tasks of one leaf, [*shape], or of one of its parts, [n]; float32."""
+    """Mean over tasks of one leaf, [*shape], or of one of its parts, `padded`, [m]; float32."""
     total = sum_experts(experts, name, part, lambda some: some.stacked(name, part))
     return total / experts.num_tasks
 

@@ -59,7 +59,16 @@ def draw_mask(
     Returns:
       [size], bool.
     """
-    words = np.asarray(jax.random.key_data(key)).ravel().tolist()
+    return _draw(_words(key), leaf, task, size, drop, start)
+
+
+def _words(key: jax.Array) -> list[int]:
+    """What a key consists of, on the host."""
+    return np.asarray(jax.random.key_data(key)).ravel().tolist()
+
+
+def _draw(words: list[int], leaf: str, task: str, size: int, drop: float, start: int) -> np.ndarray:
+    """As `draw_mask`, for a key whose words are at hand: asking a device for them takes as long as a part's mask."""
     stream = np.random.PCG64DXSM([*words, zlib.crc32(leaf.encode()), zlib.crc32(task.encode())])
     stream.advance(start // 4)
     kept = np.empty(size, bool)
@@ -94,7 +103,7 @@ def drop_leaf(task_vectors: jax.Array, kept: jax.Array, factor: float | jax.Arra
 class _Dropped(ExpertSet):
     """The experts with dropped and rescaled task vectors, leaf by leaf."""
 
-    key: jax.Array
+    words: list[int]
     drop: float
     rescale: bool
 
@@ -119,7 +128,7 @@ class _Dropped(ExpertSet):
     def _mask(self, name: str, expert: str, part: slice | None) -> np.ndarray:
         size = math.prod(self.leaves[name].shape)
         start, stop, step = (part or slice(None)).indices(size)
-        return draw_mask(self.key, name, expert, stop - start, self.drop, start)[::step]
+        return _draw(self.words, name, expert, stop - start, self.drop, start)[::step]
 
     def expert(self, name: str, task: int) -> Array:
         if not tree.is_float(self.leaves[name].dtype):
@@ -140,7 +149,7 @@ def dropped(experts: ExpertSet, key: jax.Array, drop: float, rescale: bool = Tru
       An expert set of the same leaves and names.
     """
     options = {field.name: getattr(experts, field.name) for field in fields(ExpertSet)}
-    return _Dropped(**options, key=key, drop=rounded(drop), rescale=rescale)
+    return _Dropped(**options, words=_words(key), drop=rounded(drop), rescale=rescale)
 
 
 def fit(

@@ -20,6 +20,7 @@ _Result = TypeVar("_Result")
 
 _MAX_THREADS = 8  # a thread holds a few parts' stacks
 _MOST_UNROLLED = 32  # tasks
+_PART_SIZES = (1 << 12, 1 << 15, 1 << 18)  # entries
 _STACK = 1 << 24  # entries of whole leaves of experts that are added at once, or one leaf
 
 
@@ -47,8 +48,8 @@ def merge_parts(experts: ExpertSet, merge_part: Callable[[str, slice | None], ja
 
     Args:
       experts: the experts.
-      merge_part: (leaf name, part) to merged part, [n], float32; to the merged leaf, [*shape], for
-        part None. It is called from several threads.
+      merge_part: (leaf name, part) to merged part, [n], of which more may be `padded`, float32; to the
+        merged leaf, [*shape], for part None. It is called from several threads.
 
     Returns:
       Nested dict with the pretrained model's shapes and dtypes.
@@ -79,11 +80,11 @@ class Leaves:
         }
 
     def put(self, name: str, part: slice | None, values: jax.Array) -> None:
-        """Stores a part, [n], or, for part None, the leaf, [*shape]."""
+        """Stores a part, [n], of which more may be `padded`, or, for part None, the leaf, [*shape]."""
         if part is None:
             self._leaves[name] = values.astype(self._dtypes[name])
         else:
-            self._leaves[name][part] = values
+            self._leaves[name][part] = np.asarray(values)[: part.stop - part.start]
 
     def amend(
         self, name: str, part: slice | None, positions: np.ndarray, values: np.ndarray
@@ -137,6 +138,25 @@ def map_parts(
         pool.shutdown(cancel_futures=True)
 
 
+def padded(values: Array, part: slice | None) -> Array:
+    """A part with zeros behind it, so that parts have few sizes: compiling for one takes longer than a part.
+
+    Args:
+      values: [..., n]; the leaf, [..., *shape], for part None.
+      part: which part of its leaf it is.
+
+    Returns:
+      [..., m], where m >= n is one of a few sizes, or the largest part; the leaf for part None.
+    """
+    if part is None:
+        return values
+    size = values.shape[-1]
+    room = next((bucket for bucket in _PART_SIZES if bucket >= size), size)
+    if room == size:
+        return values
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, room - size)])
+
+
 def fold_tasks(
     combine: Callable[[jax.Array, jax.Array], jax.Array],
     values: jax.Array,
@@ -173,7 +193,7 @@ def sum_experts(
     part: slice | None,
     read: Callable[[ExpertSet], Array],
 ) -> jax.Array:
-    """The sum of a leaf, or of a part of it, over experts that are read a few at a time.
+    """The sum of a leaf, or of a part of it, `padded`, over experts that are read a few at a time.
 
     Args:
       experts: the experts.
@@ -182,14 +202,14 @@ def sum_experts(
       read: some experts to what is added: [c, *shape], float32.
 
     Returns:
-      [*shape], float32.
+      [*shape], or [m], float32.
     """
     size = math.prod(experts.leaves[name].shape) if part is None else part.stop - part.start
     starts = range(0, experts.num_tasks, max(1, min(_MOST_UNROLLED, _STACK // max(size, 1))))
     chunks = (range(start, min(start + starts.step, experts.num_tasks)) for start in starts)
     total = None
     for chunk in chunks:
-        some = read(experts.take(chunk))
+        some = padded(read(experts.take(chunk)), part)
         # Computed before the next are read, which may take the same memory.
         total = jax.block_until_ready(_sum(some) if total is None else _add(total, some))
     assert total is not None

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import check_finite_number, merge_parts, sum_experts
+from retex_jax.mergers.leafwise import check_finite_number, merge_parts, padded, sum_experts
 from retex_jax.typing import Params
 
 
 def add_task_vectors(
     experts: ExpertSet, name: str, part: slice | None = None, *, scaling: float
 ) -> jax.Array:
-    """theta_0 + scaling * sum_t tau_t of one leaf, [*shape], or of one of its parts, [n]; float32."""
-    pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
+    """theta_0 + scaling * sum_t tau_t of one leaf, [*shape], or of one of its parts, `padded`, [m]; float32."""
+    pretrained = jnp.asarray(padded(experts.pretrained(name, part), part), dtype=jnp.float32)
     total = sum_experts(experts, name, part, lambda some: some.task_vectors(name, part))
     return pretrained + scaling * total
 

@@ -22,6 +22,7 @@ from retex_jax.mergers.leafwise import (
     fold_tasks,
     map_parts,
     merge_leaves,
+    padded,
     sum_over_tasks,
 )
 from retex_jax.typing import Array, Params
@@ -105,14 +106,15 @@ def _elect(trimmed: jax.Array) -> jax.Array:
 
 @jax.jit(static_argnames="merge")
 def _ties_leaf(
-    pretrained: jax.Array,
+    pretrained: Array,
     task_vectors: Array,
     limits: Array,
     majority_sign: float | jax.Array,
     scaling: float | jax.Array,
     merge: Literal["mean", "sum"],
 ) -> tuple[jax.Array, jax.Array]:
-    """The merged leaf, and what was elected in it, see `_elect`."""
+    """The merged leaf, float32, and what was elected in it, see `_elect`."""
+    pretrained = jnp.asarray(pretrained, jnp.float32)
     trimmed = trim(task_vectors, limits)
     # Elected once: XLA would sum the tasks anew for each of them that is compared with the sum's sign.
     elected = jax.lax.optimization_barrier(_elect(trimmed))
@@ -186,11 +188,13 @@ def _histograms(
     counts = np.zeros((experts.num_tasks, bins), np.int64)
     above = np.zeros(experts.num_tasks, np.int64)
     waiting: list[list[np.ndarray]] = [[] for _ in counts]  # many at once are counted faster
+    num_waiting = np.zeros(experts.num_tasks, np.int64)
     lock = threading.Lock()
 
     def add(task: int) -> None:
         counts[task] += np.bincount(np.concatenate(waiting[task]), minlength=bins)
         waiting[task].clear()
+        num_waiting[task] = 0
 
     def count(name: str, part: slice | None) -> None:
         task_vectors = experts.task_vectors(name, part)
@@ -203,8 +207,9 @@ def _histograms(
             beyond = np.count_nonzero(bits < _ALL) - inside.size
             with lock:
                 waiting[task].append(inside >> np.uint32(shift[task]))
+                num_waiting[task] += inside.size
                 above[task] += beyond
-                if sum(map(len, waiting[task])) > _BINS:
+                if num_waiting[task] > _BINS:
                     add(task)
 
     for _ in map_parts(experts, count):
@@ -267,8 +272,8 @@ def fit(
     leaves = Leaves(experts)
 
     def merge_part(name: str, part: slice | None) -> tuple[int, Cancelled | None]:
-        pretrained = jnp.asarray(experts.pretrained(name, part), dtype=jnp.float32)
-        task_vectors = experts.task_vectors(name, part)
+        pretrained = padded(experts.pretrained(name, part), part)
+        task_vectors = padded(experts.task_vectors(name, part), part)
         merged, elected = _ties_leaf(pretrained, task_vectors, limits, -1.0, scaling, merge)
         leaves.put(name, part, merged)
         signs = np.asarray(elected).reshape(-1)

@@ -31,7 +31,7 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.leafwise import Leaves, fold_tasks, map_parts, sum_over_tasks
+from retex_jax.mergers.leafwise import Leaves, fold_tasks, map_parts, padded, sum_over_tasks
 from retex_jax.personalized import changes, masks
 from retex_jax.typing import Array, FlatParams, Params
 
@@ -138,9 +138,12 @@ def fit(
     leaves = Leaves(experts)
 
     def elect_part(name: str, part: slice | None) -> tuple[Array, np.ndarray, np.ndarray]:
-        unified, packed, own, shared = _elect_part(experts.task_vectors(name, part))
+        task_vectors = padded(experts.task_vectors(name, part), part)
+        unified, packed, own, shared = _elect_part(task_vectors)
         leaves.put(name, part, unified)
-        return packed if part is None else np.asarray(packed), _totals(own), _totals(shared)
+        if part is not None:
+            packed = np.asarray(packed)[:, : -(-(part.stop - part.start) // 8)]
+        return packed, _totals(own), _totals(shared)
 
     unified: FlatParams = {}
     packed: FlatParams = {}
