@@ -12,6 +12,7 @@ from retex_jax.offsets import certified, exact, factor_file, streamed
 from retex_jax.offsets.coding import code, concatenate, dense
 
 NUM_TASKS = 19
+_TINY = 1e-2  # of leaves so small, float32 certifies no more
 FIT = rtx.METHODS["retex"].fit
 
 
@@ -83,11 +84,12 @@ def streamed_precisions(monkeypatch, experts, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(certified, "_LEAST_PRODUCTS", 0)
+        patch.setattr(certified, "TOLERANCE", _TINY)
         patch.setattr(certified, "solve_parts", spy)
         return solutions, FIT(experts, rank=2, stack_bytes=1, **options)
 
 
-@pytest.mark.parametrize("weights", [None, "energy"])
+@pytest.mark.parametrize("weights", ["equal", "energy"])
 def test_large_leaves_are_multiplied_in_single_precision(experts, monkeypatch, weights, tmp_path):
     path = tmp_path / "offsets.safetensors"
     solutions, state = streamed_precisions(monkeypatch, experts, task_weights=weights, file=path)
@@ -95,7 +97,7 @@ def test_large_leaves_are_multiplied_in_single_precision(experts, monkeypatch, w
     want = FIT(experts, rank=2, task_weights=weights)
     assert state.report.residual == pytest.approx(want.report.residual, rel=1e-4)
     assert state.report.energy == pytest.approx(want.report.energy, rel=1e-6)
-    assert want.report.residual / (1 + 1e-4) <= state.report.optimum <= want.report.residual
+    assert want.report.residual / (1 + _TINY) <= state.report.optimum <= want.report.residual
     assert_close(rtx.offsets.recover(state, 3), rtx.offsets.recover(want, 3), atol=2e-3)
     loaded = factor_file.load(path)
     for name, form in state.offsets.items():

@@ -243,7 +243,7 @@ def _add_products(sums: _Sums, offsets: jax.Array) -> _Sums:
     columns = offsets.shape[-1]
     stack = offsets.reshape(-1, columns)
     starts, probes = _starts(columns), eigen.probes(columns)
-    ends = [*starts[1:], columns]
+    ends, step = [*starts[1:], columns], min(_ROWS, len(stack))
     strips = [
         strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
         for strip, start, end in zip(sums.strips, starts, ends, strict=True)
@@ -254,11 +254,11 @@ def _add_products(sums: _Sums, offsets: jax.Array) -> _Sums:
         return sums[0] + wide.T @ (wide @ probes), sums[1] + jnp.sum(wide**2)
 
     def add_some(index: int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return add(jax.lax.dynamic_slice_in_dim(stack, index * _ROWS, _ROWS), sums)
+        return add(jax.lax.dynamic_slice_in_dim(stack, index * step, step), sums)
 
-    whole = len(stack) // _ROWS
+    whole = len(stack) // step
     exact, energy = jax.lax.fori_loop(0, whole, add_some, (sums.exact, sums.energy))
-    return _Sums(strips, *add(stack[whole * _ROWS :], (exact, energy)))
+    return _Sums(strips, *add(stack[whole * step :], (exact, energy)))
 
 
 def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
