@@ -137,6 +137,9 @@ def solve_parts(
         sums, size = _no_sums(columns), 0
         for _, offsets, own in weighted():
             size += offsets.size
+            jax.block_until_ready(
+                sums
+            )  # of the tasks before: no more are held than are read meanwhile
             sums = _add_products(sums, _scale(offsets, own))
         energy = float(sums.energy)
         if not _SQUARES[0] < energy / size < _SQUARES[1]:
@@ -153,6 +156,7 @@ def solve_parts(
             scaled = _scale(offsets, own)
             factors, shared, here = _project(scaled, found.vectors, rank, is_tall=True)
             put(part, _scale(factors, 1 / own))
+            jax.block_until_ready(measured)
             measured = _Measured(
                 measured.residual + here.residual,
                 measured.captured + here.captured,

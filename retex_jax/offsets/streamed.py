@@ -144,6 +144,7 @@ def _by_gram(
     """The shared factor, all squared singular values and the energy, in one pass."""
     gram, energy = jnp.zeros((), precision), jnp.zeros((), precision)
     for _, offsets, own in weighted():
+        jax.block_until_ready(gram)  # of the tasks before: no more are held than are read meanwhile
         gram, energy = _add(gram, energy, offsets, own)
     return *_leading(gram, rank), energy
 
@@ -157,6 +158,7 @@ def _by_range(
     for turn in range(POWER_ITERATIONS + 2):
         image, gram, energy = (jnp.zeros((), precision) for _ in range(3))
         for _, offsets, own in weighted():
+            jax.block_until_ready(image)
             image, gram, energy = _add_image(image, gram, energy, offsets, own, basis)
         if turn <= POWER_ITERATIONS:
             basis = jnp.linalg.qr(image)[0]
