@@ -160,7 +160,11 @@ def get_config() -> ConfigDict:
             # Of the papers' data sets: ROOT/NAME/SPLIT/CLASS/IMAGE, parquet files of the hub in ROOT/NAME, or what
             # tensorflow-datasets prepared in ROOT; of GLUE, MMLU, TruthfulQA and BBQ see retex_jax.data.glue and
             # retex_jax.data.questions. "": datasets in the cache folder. --dry_run names what is missing.
-            "data_sets": {"root": ""},
+            "data_sets": {
+                "root": "",
+                # Processes that decode the papers' images; 0: threads; -1: as many as cores, for 2000 images or more.
+                "workers": -1,
+            },
             # Of GLUE, MMLU, TruthfulQA and BBQ.
             "language": {
                 "metrics": {},  # task: metric that is not its own, see retex_jax.metrics.METRICS

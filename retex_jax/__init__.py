@@ -1,14 +1,17 @@
 """Merge fine-tuned experts into one model, and recover each expert from it.
 
-The public names; importing the package touches no device. `Recovered`, which serves a released artefact, is
-imported when it is first asked for, with the models.
+The public names. Each is imported when it is first asked for, so that the processes that decode images
+(`retex_jax.data.workers`) import no JAX; importing the package touches no device.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from retex_jax import identifier, mergers, metrics, offsets, tree
-from retex_jax.experts import ExpertSet, task_vectors
-from retex_jax.methods import METHODS, Method
+if TYPE_CHECKING:
+    from retex_jax import identifier, mergers, metrics, offsets, tree
+    from retex_jax.experts import ExpertSet, task_vectors
+    from retex_jax.methods import METHODS, Method
+    from retex_jax.serving import Recovered
 
 __version__ = "0.1.0"
 
@@ -25,10 +28,21 @@ __all__ = [
     "tree",
 ]
 
+_HOMES = {
+    "METHODS": "methods",
+    "ExpertSet": "experts",
+    "Method": "methods",
+    "Recovered": "serving",
+    "task_vectors": "experts",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Recovered":
-        from retex_jax.serving import Recovered
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    return getattr(module, name) if name in _HOMES else module
 
-        return Recovered
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -121,7 +121,7 @@ def load_task(
         name,
         image_size=getattr(model.config, "image_size", None),
         encode=encode,
-        root=settings["data_sets"]["root"],
+        **settings["data_sets"],
         language={"metric": metric, **options},
         **settings["data"],
     )

@@ -43,6 +43,9 @@ def problems(settings: Settings) -> list[str]:
     except ValueError as error:
         found.append(f"task: {error}")
     found += data.data_set_problems(settings["task"], settings["data_sets"]["root"])
+    workers = settings["data_sets"]["workers"]
+    if workers < data.AUTOMATIC:
+        found.append(f"data_sets.workers: got {workers}, expected {data.AUTOMATIC} or more")
     found += _range_problems(settings["finetune"])
     if not settings["experts"]["root"]:
         found.append("experts.root: got '', expected the folder that receives the expert")
@@ -208,8 +211,11 @@ def _pretrained(settings: Settings) -> Path:
 
 
 def _check_begun(path: Path, settings: Settings) -> None:
-    """Makes sure that checkpoints are of these settings."""
-    if path.is_file() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{path.parent}: begun with other settings; remove it, or give those")
+    """Makes sure that checkpoints are of these settings; how many processes decode does not matter."""
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        begun["data_sets"]["workers"] = settings["data_sets"]["workers"]
+        if begun != settings:
+            raise ValueError(f"{path.parent}: begun with other settings; remove it, or give those")
     path.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_json(path, settings)

@@ -29,6 +29,7 @@ _REQUIRED = (
     "data.max_val",
     "data.max_test",
     "data_sets.root",
+    "data_sets.workers",
     "language.metrics",
     "language.shots",
     "language.max_answer",
@@ -177,9 +178,11 @@ def check_workdir(settings: Settings, workdir: Path) -> None:
         existing = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; choose another --workdir") from error
-    if existing == settings:
-        return
     ours, theirs = _entries(settings), _entries(existing)
+    for entries in (ours, theirs):
+        entries.pop("data_sets.workers", None)  # results do not depend on it
+    if ours == theirs:
+        return
     differing = [
         f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in sorted({*ours, *theirs})
@@ -240,6 +243,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "calibration.batch_size": 1,
         "seed": 0,
         "data.seed": 0,
+        "data_sets.workers": data.AUTOMATIC,
     }
     entries = _entries(settings)
     problems = [

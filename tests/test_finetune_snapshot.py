@@ -124,6 +124,7 @@ def test_interrupted_run_goes_on(root, monkeypatch):
     other["finetune"]["learning_rate"] = 1.0
     with pytest.raises(ValueError, match="begun with other settings"):
         finetune_snapshot.run(other)
+    spec["data_sets"]["workers"] = 2  # it was begun by threads, and ends the same
     found, _ = loaded(finetune_snapshot.run(spec), spec)
     assert len(calls) == 4 + 3  # steps 3 to 5
     jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
@@ -165,10 +166,12 @@ def test_all_problems_are_listed(root):
     spec = settings(root, batch_size=12, accumulate=0, learning_rate=0.0, warmup=16.0)
     spec |= {"task": "dtd"}
     spec["experts"]["pretrained"] = "owner/none"
+    spec["data_sets"]["workers"] = -2
     with pytest.raises(ValueError, match="'finetune_clip' cannot run as it is") as error:
         finetune_snapshot.run(spec)
     for part in (
         "tasks: dtd: no data in",
+        "data_sets.workers: got -2, expected -1 or more",
         "finetune.accumulate: got 0, expected 1 or more",
         "finetune.learning_rate: got 0.0",
         "finetune.warmup: got 16.0, expected a fraction below 1",

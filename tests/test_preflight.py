@@ -36,6 +36,7 @@ def test_tiny_experiment_can_run(world):
         ("finetune.steps", 0, "finetune.steps: got 0, expected 1 or more"),
         ("finetune.batch_size", -1, "finetune.batch_size: got -1, expected 1 or more"),
         ("finetune.checkpoint_every", 0, "finetune.checkpoint_every: got 0, expected 1 or more"),
+        ("data_sets.workers", -2, "data_sets.workers: got -2, expected -1 or more"),
         ("finetune.warmup_steps", 25, "finetune.warmup_steps: got 25, expected 0 to 23"),
         ("baselines.tie", {}, "baselines: got 'tie', expected one of"),
         ("baselines.ties.densty", 0.1, "baselines.ties.densty: unknown, expected some of"),

@@ -287,6 +287,13 @@ def test_workdir_of_another_version_names_missing_entries(run, tmp_path):
         preflight.check_workdir(run.settings, tmp_path)
 
 
+def test_workdir_goes_on_with_other_workers(run, tmp_path):
+    settings = json.loads(json.dumps(run.settings))
+    settings["data_sets"]["workers"] = 3
+    artifact.write_json(tmp_path / "config.json", settings)
+    preflight.check_workdir(run.settings, tmp_path)
+
+
 def test_damaged_workdir_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text('{"na')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):

@@ -6,12 +6,13 @@ from retex_jax.data.batching import (
     by_length,
     mixed,
     mixed_batches,
+    overlapped,
     padded_batches,
     take,
     trim,
 )
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
-from retex_jax.data.images import Images, ahead, materialize
+from retex_jax.data.images import AUTOMATIC, Images, ahead, materialize
 from retex_jax.data.language import (
     LANGUAGE_TASKS,
     WITHOUT_CLASSES,
@@ -36,6 +37,7 @@ from retex_jax.data.tokenizer import Encoder, load_tokenizer
 from retex_jax.data.wheels import WHEELS, Wheel, cache_dir, cached, fetch, fetch_all, read_member
 
 __all__ = [
+    "AUTOMATIC",
     "DATA_SETS",
     "LANGUAGE_TASKS",
     "QUESTIONS",
@@ -73,6 +75,7 @@ __all__ = [
     "num_outputs",
     "num_test",
     "num_train",
+    "overlapped",
     "padded_batches",
     "read_member",
     "split_indices",

@@ -1,13 +1,15 @@
 """Batches as pure functions of (seed, step), and passes over whole splits in constant shapes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from retex_jax.data.images import Images, ahead, materialize
 from retex_jax.data.tasks import Task
 
+T = TypeVar("T")
 Split = Mapping[str, np.ndarray]
 
 
@@ -149,9 +151,22 @@ def padded_batches(
         valid = position < num
         return materialize(take(split, np.where(valid, position, start))), valid
 
-    starts = range(0, num, batch_size)
+    yield from overlapped(split, batch, range(0, num, batch_size))
+
+
+def overlapped(split: Split, make: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
+    """Maps a function that reads a split, ahead (see `ahead`) where it has images to decode.
+
+    Args:
+      split: arrays [n, ...].
+      make: called with one item after the other, in order.
+      items: such as the beginnings of batches.
+
+    Yields:
+      The results, in order.
+    """
     is_lazy = any(isinstance(array, Images) for array in split.values())
-    yield from ahead(batch, starts) if is_lazy else map(batch, starts)
+    yield from ahead(make, items) if is_lazy else map(make, items)
 
 
 def mixed(tasks: Sequence[Task], split: str, seed: int) -> dict[str, np.ndarray]:

@@ -8,12 +8,13 @@ FOLDER/labels, one image a line, may say what is trained and tested on; the name
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from retex_jax.data.images import Read
+from retex_jax.data.decoding import Open, Read
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _WORDS = {
@@ -32,11 +33,11 @@ class Part(NamedTuple):
 
     Attributes:
       labels: returns positions in the classes, int64 [n].
-      images: returns what reads the image at a position from 0 to n - 1.
+      images: returns what opens the images, in other processes too; they have positions from 0 to n - 1.
     """
 
     labels: Callable[[], np.ndarray]
-    images: Callable[[], Read]
+    images: Callable[[], Open]
 
 
 class Source(NamedTuple):
@@ -121,9 +122,9 @@ def read_folder(folder: str | os.PathLike) -> Source:
     index = {above: i for i, above in enumerate(classes)}
 
     def part(rows: Sequence[_Row]) -> Part:
-        paths = [root / path for path, _ in rows]
+        names = [str(path) for path, _ in rows]
         labels = np.array([index[above] for _, above in rows], np.int64)
-        return Part(lambda: labels, lambda: paths.__getitem__)
+        return Part(lambda: labels, lambda: partial(_open_paths, root, names))
 
     parts = {split: part(rows) for split, rows in chosen.items()}
     return Source(tuple("/".join(above) for above in classes), parts, str(root), is_checked=False)
@@ -133,6 +134,10 @@ def split_of(name: str) -> str:
     """The split that the name of a folder or file speaks of: "train", "val", "test", or ""."""
     tokens = set(re.split(r"[^a-z]+", name.lower()))
     return next((split for split, words in _WORDS.items() if tokens & words), "")
+
+
+def _open_paths(root: Path, names: Sequence[str]) -> Read:
+    return lambda i: root / names[i]
 
 
 def _without_common(rows: Sequence[_Row]) -> list[_Row]:

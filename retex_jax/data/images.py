@@ -1,26 +1,42 @@
-"""Images that are decoded when they are read, and CLIP's preprocessing.
+"""Images that are decoded when they are read.
 
 Whole data sets do not fit in memory as pixels: 87,000 test images of 224 pixels are 13 GB. `Images` stands for the
-array [n, S, S, 3] in a split and holds where each image lies; a batch is decoded by threads, because Pillow releases
-the interpreter's lock while it decodes and resizes.
+array [n, S, S, 3] in a split and holds where each image lies; a batch is decoded by processes
+(`retex_jax.data.workers`) or by threads of this one.
 """
 
-import io
+import atexit
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
+
+from retex_jax.data.decoding import Open, Read, decode
+from retex_jax.data.workers import Workers
 
 T = TypeVar("T")
-Read = Callable[[int], bytes | np.ndarray | os.PathLike]
-"""The image at a position: an encoded file, pixels uint8 [h, w], [h, w, 1] or [h, w, 3], or a path."""
 
+AUTOMATIC = -1
+"""As many processes as there are cores, where there are images enough to make up for their start."""
+
+_WORTH_PROCESSES = 2000  # images; threads decode them in the time in which processes start
+_MOST_PROCESSES = 64
 _MAX_LINES = 20
+_numbers = itertools.count()
+
+
+class _Part(NamedTuple):
+    """A source, and where its images lie in it; `open_source` is None where other processes cannot open it."""
+
+    number: int
+    read: Read
+    indices: np.ndarray
+    name: str
+    open_source: Open | None
 
 
 class Images:
@@ -36,7 +52,16 @@ class Images:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, read: Read, indices: np.ndarray, image_size: int, name: str):
+    def __init__(
+        self,
+        read: Read,
+        indices: np.ndarray,
+        image_size: int,
+        name: str,
+        *,
+        open_source: Open | None = None,
+        workers: int = AUTOMATIC,
+    ):
         """Prepares n images without reading any.
 
         Args:
@@ -44,11 +69,28 @@ class Images:
           indices: positions in the source, integers [n].
           image_size: S.
           name: of the source, for errors.
+          open_source: gives `read` in other processes, see `decoding.Open`; None: threads decode.
+          workers: how many processes decode; 0: threads of this one; `AUTOMATIC`.
+
+        Raises:
+          ValueError: if workers is below -1.
         """
-        self._parts = [(read, np.asarray(indices, np.int64), name)]
+        if workers < AUTOMATIC:
+            raise ValueError(f"workers={workers}: expected -1 (automatic), 0 (threads) or more")
+        indices = np.asarray(indices, np.int64)
+        self._parts = [_Part(next(_numbers), read, indices, name, open_source)]
         self._part = np.zeros(len(indices), np.int64)
         self._row = np.arange(len(indices), dtype=np.int64)
         self._size = image_size
+        if workers == AUTOMATIC:
+            cores = _num_cores() if len(indices) >= _WORTH_PROCESSES else 1
+            workers = min(cores, _MOST_PROCESSES) if cores > 1 else 0
+        self._workers = workers if open_source else 0
+
+    @property
+    def workers(self) -> int:
+        """How many processes decode them; 0: threads of this one."""
+        return self._workers
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -73,34 +115,31 @@ class Images:
           ValueError: naming every image that cannot be decoded.
         """
         out = np.empty(self.shape, np.uint8)
-
-        def one(i: int) -> str:
-            try:
-                out[i] = clip_preprocess(self._open(i), self._size)
-            except Exception as error:  # Pillow raises whatever a broken file makes it raise
-                return f"{self._where(i)}: {type(error).__name__}: {error}"
-            return ""
-
-        raise_all("images", _pool().map(one, range(len(self))), "that cannot be decoded")
+        raise_all("images", self._run(out), "that cannot be decoded")
         return out
 
     def check(self) -> list[str]:
         """Decodes each image as coarsely as its format allows; returns a line for each that fails."""
+        return [line for line in self._run(None) if line]
+
+    def _run(self, out: np.ndarray | None) -> Iterable[str]:
+        """A line for each image, see `decoding.decode`."""
+        places = [(self._parts[k], int(row)) for k, row in zip(self._part, self._row, strict=True)]
+        if self._workers and len(self):
+            sources = {part.number: (part.open_source, part.name) for part in self._parts}
+            rows = [(part.number, int(part.indices[row])) for part, row in places]
+            return _processes(self._workers).run(sources, rows, out)
 
         def one(i: int) -> str:
-            try:
-                image = self._open(i)
-                image.draft(None, (1, 1))  # of a JPEG an eighth of the pixels, but every byte
-                image.load()
-            except Exception as error:
-                return f"{self._where(i)}: {type(error).__name__}: {error}"
-            return ""
+            part, row = places[i]
+            into = None if out is None else out[i]
+            return decode(part.read, int(part.indices[row]), part.name, into)
 
-        return [line for line in _pool().map(one, range(len(self))) if line]
+        return _threads().map(one, range(len(places)))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Images"]) -> "Images":
-        """Images of one size, one after the other.
+        """Images of one size, one after the other; processes decode them if they decode each part.
 
         Raises:
           ValueError: if there are none, or their sizes differ.
@@ -109,56 +148,22 @@ class Images:
         if len(sizes) != 1:
             raise ValueError(f"parts: expected images of one size, got {sorted(sizes)}")
         starts = np.cumsum([0, *(len(images._parts) for images in parts)])
-        return parts[0]._with(
+        made = parts[0]._with(
             np.concatenate(
                 [images._part + start for images, start in zip(parts, starts, strict=False)]
             ),
             np.concatenate([images._row for images in parts]),
             [part for images in parts for part in images._parts],
         )
-
-    def _with(self, part: np.ndarray, row: np.ndarray, parts: list) -> "Images":
-        made = object.__new__(Images)
-        made._part, made._row, made._parts, made._size = part, row, parts, self._size
+        every = [images._workers for images in parts]
+        made._workers = max(every) if all(every) else 0
         return made
 
-    def _open(self, i: int) -> Image.Image:
-        read, indices, _ = self._parts[self._part[i]]
-        content = read(int(indices[self._row[i]]))
-        if isinstance(content, np.ndarray):
-            return Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
-        data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        return Image.open(io.BytesIO(data))
-
-    def _where(self, i: int) -> str:
-        read, indices, name = self._parts[self._part[i]]
-        position = int(indices[self._row[i]])
-        content = read(position)
-        return os.fspath(content) if isinstance(content, os.PathLike) else f"{name}[{position}]"
-
-
-def clip_preprocess(image: Image.Image, image_size: int) -> np.ndarray:
-    """Resizes the shorter side by Pillow's bicubic filter, and crops the centre.
-
-    As transformers' CLIPImageProcessor on Pillow, with its default settings, up to normalisation, which
-    the model does.
-
-    Args:
-      image: of any mode and size.
-      image_size: S, of the shorter side and of the crop.
-
-    Returns:
-      uint8 [S, S, 3].
-    """
-    image = image.convert("RGB")
-    short, long = sorted(image.size)
-    if short != image_size:
-        other = int(image_size * long / short)
-        wide = image.size[0] >= image.size[1]
-        size = (other, image_size) if wide else (image_size, other)
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((side - image_size) // 2 for side in image.size)
-    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+    def _with(self, part: np.ndarray, row: np.ndarray, parts: list[_Part]) -> "Images":
+        made = object.__new__(Images)
+        made._part, made._row, made._parts = part, row, parts
+        made._size, made._workers = self._size, self._workers
+        return made
 
 
 def materialize(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,6 +211,21 @@ def raise_all(what: str, lines: Iterable[str], kind: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
+def _threads() -> ThreadPoolExecutor:
     """The threads that decode."""
     return ThreadPoolExecutor(os.cpu_count(), "decode")
+
+
+@cache
+def _processes(count: int) -> Workers:
+    """The processes that decode; they end with this one."""
+    workers = Workers(count)
+    atexit.register(workers.close)
+    return workers
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

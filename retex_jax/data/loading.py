@@ -10,6 +10,7 @@ import numpy as np
 from retex_jax.data import published, wheels
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
 from retex_jax.data.glue import GLUE
+from retex_jax.data.images import AUTOMATIC
 from retex_jax.data.language import LANGUAGE_TASKS, load_language_task
 from retex_jax.data.language import problems as language_problems
 from retex_jax.data.published import load_published
@@ -76,6 +77,7 @@ def load_task(
     max_test: int | None = None,
     cache: str | os.PathLike | None = None,
     root: str | os.PathLike = "",
+    workers: int = AUTOMATIC,
     language: Mapping[str, Any] | None = None,
 ) -> Task:
     """Loads a packaged task into memory, or opens one of the papers' data sets.
@@ -94,6 +96,7 @@ def load_task(
       max_test: the most test examples; None: all.
       cache: the folder of the wheels; None: `wheels.cache_dir()`.
       root: the folder of the papers' data sets; see `prepared.data_root`.
+      workers: processes that decode the images of the papers' data sets, see `Images`.
       language: further keywords of `load_language_task`.
 
     Returns:
@@ -116,7 +119,7 @@ def load_task(
     if name in DATA_SETS:
         if image_size is None:
             raise ValueError(f"image_size=None: data set {name!r} expects a size in pixels")
-        return load_published(name, root, image_size=image_size, **limits)
+        return load_published(name, root, image_size=image_size, workers=workers, **limits)
     spec = {**VISION_TASKS, **TEXT_TASKS}[name]
     wheels.fetch_all(spec.wheels, cache)
     return make_task(

@@ -6,13 +6,14 @@ Both libraries are optional and imported where they are needed. Nothing is downl
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retex_jax.data.decoding import Open, Read
 from retex_jax.data.folders import Part, Source
-from retex_jax.data.images import Read
 from retex_jax.data.wheels import cache_dir
 
 _INFO = "dataset_info.json"
@@ -83,6 +84,22 @@ def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source
       ValueError: as `open_tfds`.
     """
     builder = open_tfds(folder, [*train, *test])
+
+    def part(splits: Sequence[str]) -> Part:
+        def labels() -> np.ndarray:
+            sources = _tfds_sources(folder, splits)
+            found = [source[i]["label"] for source in sources for i in range(len(source))]
+            return np.array(found, np.int64)
+
+        return Part(labels, lambda: partial(_open_tfds_images, folder, tuple(splits)))
+
+    parts = {"train": part(train), "test": part(test)} if test else {"all": part(train)}
+    return Source(tuple(builder.info.features["label"].names), parts, str(folder), is_checked=True)
+
+
+def _tfds_sources(folder: Path, splits: Sequence[str]) -> list[Any]:
+    """The examples of each split, images not decoded."""
+    builder = open_tfds(folder, splits)
     import tensorflow_datasets as tfds
 
     skip = {
@@ -90,18 +107,11 @@ def read_tfds(folder: Path, train: Sequence[str], test: Sequence[str]) -> Source
         for name, feature in builder.info.features.items()
         if isinstance(feature, tfds.features.Image)
     }
+    return [builder.as_data_source(split, decoders=skip) for split in splits]
 
-    def part(splits: Sequence[str]) -> Part:
-        sources = [builder.as_data_source(split, decoders=skip) for split in splits]
 
-        def labels() -> np.ndarray:
-            found = [source[i]["label"] for source in sources for i in range(len(source))]
-            return np.array(found, np.int64)
-
-        return Part(labels, lambda: _joined(sources, "image"))
-
-    parts = {"train": part(train), "test": part(test)} if test else {"all": part(train)}
-    return Source(tuple(builder.info.features["label"].names), parts, str(folder), is_checked=True)
+def _open_tfds_images(folder: Path, splits: Sequence[str]) -> Read:
+    return _joined(_tfds_sources(folder, splits), "image")
 
 
 def find_parquet(folder: str | os.PathLike, configuration: str = "") -> dict[str, list[Path]]:
@@ -200,22 +210,32 @@ def read_parquet(
             found = [value for split in splits for value in values(split)]
             return np.array([index.get(v, -1) for v in found] if index else found, np.int64)
 
-        def images() -> Read:
+        def images() -> Open:
             tables = [
                 datasets.Dataset.from_parquet(
                     [str(path) for path in files[split]],
                     cache_dir=str(folder / ".cache"),
                     columns=[image],
                     split=split,
-                ).cast_column(image, datasets.Image(decode=False))
+                )
                 for split in splits
             ]
-            return _joined(tables, image, "bytes")
+            written = [file["filename"] for table in tables for file in table.cache_files]
+            return partial(_open_arrow_images, tuple(written), image)
 
         return Part(labels, images)
 
     parts = {"train": part(train), "test": part(test)} if test else {"all": part(train)}
     return Source(classes, parts, str(folder), is_checked=True)
+
+
+def _open_arrow_images(files: Sequence[str], column: str) -> Read:
+    """Maps the Arrow files that `datasets` has written; it takes seconds to import, and is not needed to read them."""
+    import pyarrow
+
+    tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all() for file in files]
+    read = _joined([table[column] for table in tables])
+    return lambda i: read(i)["bytes"].as_py()
 
 
 def _columns(where: str, features: Any, datasets: Any) -> tuple[str, str]:

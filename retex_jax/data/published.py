@@ -11,7 +11,7 @@ import numpy as np
 
 from retex_jax.data import archives, folders, prepared
 from retex_jax.data.folders import Source
-from retex_jax.data.images import Images, raise_all
+from retex_jax.data.images import AUTOMATIC, Images, raise_all
 from retex_jax.data.prepared import data_root
 from retex_jax.data.registry import DATA_SETS, DataSet
 from retex_jax.data.tasks import Task, stratified_order
@@ -28,6 +28,7 @@ def load_published(
     max_train: int | None = None,
     max_val: int | None = 256,
     max_test: int | None = None,
+    workers: int = AUTOMATIC,
 ) -> Task:
     """Finds a data set, splits it and prepares its images, which are decoded in batches as they are read.
 
@@ -43,6 +44,7 @@ def load_published(
       max_train: the most training examples, of the order's beginning; None: all.
       max_val: the same for validation examples.
       max_test: the same for test examples.
+      workers: processes that decode the images, see `Images`.
 
     Returns:
       The task, "image" `Images` [n, S, S, 3] and "label" int32 [n].
@@ -56,12 +58,20 @@ def load_published(
     source = _open(spec, root)
     classes, position = name_classes(spec, source)
     labels = {part: _labels(source, part, position) for part in source.parts}
-    read = {part: source.parts[part].images() for part in source.parts}
+    opens = {part: source.parts[part].images() for part in source.parts}
+    read = {part: open_part() for part, open_part in opens.items()}
     limits = {"train": max_train, "val": max_val, "test": max_test}
     splits, broken = {}, []
     for split, (part, rows) in draw(labels, spec.shares, seed).items():
         rows = rows[: limits[split]]
-        images = Images(read[part], rows, image_size, f"{source.where}:{part}")
+        images = Images(
+            read[part],
+            rows,
+            image_size,
+            f"{source.where}:{part}",
+            open_source=opens[part],
+            workers=workers,
+        )
         if not source.is_checked:
             broken += images.check()
         splits[split] = {"image": images, "label": labels[part][rows].astype(np.int32)}

@@ -235,7 +235,7 @@ class ParamsCache:
 def batches(
     inputs: Examples, tasks: np.ndarray, max_batch: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]]:
-    """Cuts inputs into batches of few shapes, texts of like length side by side.
+    """Cuts inputs into batches of few shapes, texts of like length side by side; images are decoded ahead.
 
     Args:
       inputs: arrays [n, ...].
@@ -247,10 +247,13 @@ def batches(
       to B, a power of two; the tasks [B] or [B, T].
     """
     order = data.by_length(inputs)
-    for start in range(0, len(order), max_batch):
+
+    def batch(start: int) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
         rows = order[start : start + max_batch]
         padded = np.pad(rows, (0, planning.bucket(len(rows), max_batch) - len(rows)), mode="edge")
-        yield rows, data.trim(data.materialize(data.take(inputs, padded))), tasks[padded]
+        return rows, data.trim(data.materialize(data.take(inputs, padded))), tasks[padded]
+
+    yield from data.overlapped(inputs, batch, range(0, len(order), max_batch))
 
 
 @partial(jax.jit, static_argnums=0)

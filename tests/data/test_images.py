@@ -9,7 +9,8 @@ import stand_ins
 from PIL import Image
 
 from retex_jax import data, models
-from retex_jax.data.images import Images, clip_preprocess
+from retex_jax.data.decoding import clip_preprocess
+from retex_jax.data.images import Images
 
 SIZES = [(1, 1), (7, 300), (224, 224), (225, 224), (223, 501), (640, 481), (31, 30), (500, 375)]
 

@@ -8,8 +8,8 @@ import stand_ins
 
 from retex_jax import data
 from retex_jax.data import published, registry
+from retex_jax.data.decoding import clip_preprocess
 from retex_jax.data.folders import Part, Source
-from retex_jax.data.images import clip_preprocess
 
 PETS = ("Cat", "Dog")
 LIMITS = {"max_train": None, "max_val": None, "max_test": None}
