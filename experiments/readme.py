@@ -277,6 +277,31 @@ def benchmarks() -> str:
     )
 
 
+def scaling() -> str:
+    """Time, memory and bytes of the closed form against the number of experts."""
+    path = "experiments/results/scaling_num_tasks/results.json"
+    found = read(path)
+    rows = [
+        [
+            str(row["num_tasks"]),
+            f"{row['seconds']:.0f}",
+            f"{row['processor_seconds'] / row['num_tasks']:.2f}",
+            f"{row['peak_anonymous_bytes'] / 1e6:.0f}",
+            f"{row['relative_residual']:.3f}",
+            f"{row['bytes_per_task'] / 1e6:.2f}",
+            f"{row['few_embeddings_bytes_per_task'] / 1e6:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["experts", "seconds", "processor seconds a task", "peak MB", "residual / energy"]
+    header += ["MB a task", "with 32 embeddings"]
+    growth = found["growth"]
+    return (
+        f"{table(header, rows)}\n\nRank {found['rank']}. Time grows by {growth['time / linear']:.2f} of linear, memory by "
+        f"{growth['memory / flat']:.2f} of flat. From `{path}`, commit `{found['commit']}`, {found['cores']} cores."
+    )
+
+
 def methods() -> str:
     """METHODS by what they need."""
     from retex_jax.methods import METHODS
@@ -318,6 +343,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_routed,
         fronts,
         benchmarks,
+        scaling,
         methods,
         identifiers,
     )

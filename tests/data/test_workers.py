@@ -174,8 +174,10 @@ def test_killed_process_is_an_error_and_replaced(workers, folder):
 def test_signals_of_the_group_are_left_to_the_caller(workers, folder):
     _, images = both(partial(open_folder, folder))
     before = workers.process_ids
-    for worker in workers._all:  # each has begun its work
+    idle = [workers._idle.get() for _ in before]
+    for worker in idle:  # each has begun its work
         assert worker.run({-1: (partial(open_folder, folder), "")}, [(-1, 0)], None) == [""]
+        workers._idle.put(worker)
     for number in before:
         os.kill(number, signal.SIGINT)
         os.kill(number, signal.SIGTERM)
