@@ -84,10 +84,11 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     energy = float(_energy(offsets))
     if not _SQUARES[0] < energy / offsets.size < _SQUARES[1]:
         return None
-    products = _products(offsets, dtype)
+    probes = eigen.probes(min(offsets.shape[0] * offsets.shape[1], offsets.shape[2]))
+    products = _products(offsets, probes, dtype)
     del offsets
     give_back_freed()
-    gram, error = _gram(*products)
+    gram, error = _gram(*products, probes)
     del products
     found = eigen.leading(gram, rank, TOLERANCE)
     if found is None:
@@ -119,11 +120,12 @@ def _parts(offsets: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _products(offsets: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+def _products(
+    offsets: jax.Array, probes: jax.Array, dtype: str
+) -> tuple[list[jax.Array], jax.Array]:
     """What of C is on and above the diagonal, in strips of rows; and C's products with `eigen.probes`, in float64."""
     parts = _parts(offsets)
     columns = parts.shape[2]
-    probes = eigen.probes(columns)
     starts = range(0, columns, -(-columns // _STRIPS))
 
     def products(part: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -141,7 +143,9 @@ def _products(offsets: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Arra
 
 
 @jax.jit
-def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gram(
+    strips: list[jax.Array], exact: jax.Array, probes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """C, [n, n], and a bound of the Frobenius norm of its error."""
     rows, step = [], len(strips[0])
     for index, strip in enumerate(strips):
@@ -153,7 +157,6 @@ def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Arr
         symmetric = (strip[:, :height] + strip[:, :height].T) / 2
         rows.append(jnp.hstack([*above, symmetric, strip[:, height:]]))
     gram = jnp.vstack(rows)
-    probes = eigen.probes(len(gram))
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 
