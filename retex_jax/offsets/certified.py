@@ -27,7 +27,7 @@ TOLERANCE = 5e-5
 _FLOOR = {"float32": 1e-2, "float64": 1e-9}
 # Where an offset is of lower rank than r, its residual is rounding of the stored factors, and no bound is needed.
 _ROUNDING = 1e-11
-_STRIPS = 4
+_STRIPS = 6
 # Sides of a Gram matrix: below float64 costs nothing, above the matrix itself costs too much.
 _LEAST_SIDE = 512
 _MOST_SIDE = 8192

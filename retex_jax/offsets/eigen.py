@@ -33,7 +33,7 @@ _UNDERESTIMATE = 10.0
 # Of the rank: vectors that are kept beyond it, and those that are iterated.
 _KEPT, _ITERATED = 0.1875, 0.5
 _LEAST_KEPT, _LEAST_ITERATED = 16, 24
-_DEGREE = 11
+_DEGREE = 12
 _MAX_ROUNDS = 12
 # By how much a filter may enlarge the first eigenvector over the last: what it leaves is to be above rounding.
 _GROWTH = {"float32": 1e7, "float64": 1e12}
@@ -67,7 +67,7 @@ def leading(gram: jax.Array, rank: int, tolerance: float) -> Leading | None:
       gram: C, [n, n], symmetric, positive semidefinite up to rounding, float32 or float64.
       rank: r, from 1 to n.
       tolerance: iteration ends when the bound of `most_captured` exceeds the sum of the first r Ritz values by
-        half of this at most, relative to what these leave of C's trace.
+        a quarter of this at most, relative to what these leave of C's trace.
 
     Returns:
       The subspace, or None where it was not found.
@@ -101,9 +101,12 @@ def most_captured(
     """
     inverse = np.linalg.inv(np.linalg.cholesky(overlaps)).T
     captured = inverse.T @ captured @ inverse
-    # (E + F Q)^T (E + F Q) <= 2 E^T E + 2 (F Q)^T F Q.
-    errors = (error + found.error) ** 2 * np.eye(len(captured))
-    defects = inverse.T @ (2 * found.defects + 2 * errors) @ inverse
+    # (E + F Q)^T (E + F Q) <= (1 + x) E^T E + (1 + 1 / x) (F Q)^T F Q for any x > 0.
+    errors = (error + found.error) ** 2
+    squares = np.trace(found.defects) / len(captured)
+    x = np.clip(np.sqrt(errors / squares), 1e-3, 1.0) if squares > 0 else 1.0
+    both = (1 + x) * found.defects + (1 + 1 / x) * errors * np.eye(len(captured))
+    defects = inverse.T @ both @ inverse
     beta = found.beyond + error
     sigma = _sigma(np.diag(captured), np.diag(defects), beta, rank)
     eigenvalues = np.linalg.eigvalsh(
@@ -179,7 +182,7 @@ def _iterate(
         beyond = _beyond(ritz[:kept], rank)
         left = trace - ritz[:rank].sum()
         bounds = _bounds(ritz[:kept], np.asarray(excess[:kept], np.float64), beyond, rank)[:, 1]
-        is_found = bounds.min() - ritz[:rank].sum() <= tolerance / 2 * left
+        is_found = bounds.min() - ritz[:rank].sum() <= tolerance / 4 * left
         if is_found or turn == _MAX_ROUNDS or not left > rounding * trace:
             break
         top, edge = ritz[0], ritz[(kept + width) // 2 - 1]
