@@ -94,6 +94,7 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     if found is None:
         return None
     del gram
+    give_back_freed()
     factors, shared, residual, captured, overlaps = _project(read(), found.vectors, rank)
     residual = float(residual)
     matrices = np.asarray(captured), np.asarray(overlaps)

@@ -130,6 +130,15 @@ def multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     return jax.lax.map(lambda row: row.astype(jnp.float64) @ vectors, matrix, batch_size=_ROWS)
 
 
+def _multiply_transposed(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """A^T V in float64, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
+    products = jnp.zeros(vectors.shape, jnp.float64)
+    for start in range(0, len(matrix), _ROWS):
+        rows = slice(start, start + _ROWS)
+        products += matrix[rows].astype(jnp.float64).T @ vectors[rows]
+    return products
+
+
 def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:
     """Of diagonal matrices, for many sigmas: [k, 2], sigma and bound."""
     gaps = max(values[0], np.finfo(float).tiny) * np.geomspace(1e-9, 1, 200)
@@ -294,7 +303,7 @@ def _factored(
     lifted = basis * jnp.asarray(lift, gram.dtype)
     deflated = lifted @ basis.T - gram + jnp.diag(jnp.full(len(gram), beyond, gram.dtype))
     lower = jax.lax.linalg.cholesky(deflated, symmetrize_input=False)
-    factored = multiply(lower, multiply(lower.T, probe))
+    factored = multiply(lower, _multiply_transposed(lower, probe))
     wanted = beyond * probe - both[:, PROBES:] + lift * (wide @ (wide.T @ probe))
     is_whole = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
     return defect.T @ defect, error, norm_bound(factored - wanted), is_whole
