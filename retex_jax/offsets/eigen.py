@@ -170,9 +170,7 @@ def _direct(gram: jax.Array, width: int) -> Leading:
     return Leading(vectors, nothing, float(error), float(beyond), np.maximum(spectrum, 0))
 
 
-def _iterate(
-    gram: jax.Array, rank: int, kept: int, width: int, tolerance: float
-) -> Leading | None:
+def _iterate(gram: jax.Array, rank: int, kept: int, width: int, tolerance: float) -> Leading | None:
     trace = float(jnp.trace(gram.astype(jnp.float64)))
     if not trace > 0:
         return None

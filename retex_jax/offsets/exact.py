@@ -266,9 +266,15 @@ def fit(
             own_report.energies[name] = own.energy
         return found, own_report
 
+    device = jax.config.jax_default_device  # JAX keeps it for each thread
+
+    def solve_on_device(group: Sequence[str]) -> tuple[dict[str, Form], FitReport]:
+        with jax.default_device(device):
+            return solve(group)
+
     done = 0
     everything = [*groups, *([name] for name in (*large, *separate))]
-    for group, (found, own_report) in ahead.in_order(solve, everything, is_small):
+    for group, (found, own_report) in ahead.in_order(solve_on_device, everything, is_small):
         for name, form in found.items():
             offsets[name] = form
         for part in ("residuals", "optima", "energies", "spectra"):
