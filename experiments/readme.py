@@ -297,8 +297,9 @@ def scaling() -> str:
     header += ["MB a task", "with 32 embeddings"]
     growth = found["growth"]
     return (
-        f"{table(header, rows)}\n\nRank {found['rank']}. Time grows by {growth['time / linear']:.2f} of linear, memory by "
-        f"{growth['memory / flat']:.2f} of flat. From `{path}`, commit `{found['commit']}`, {found['cores']} cores."
+        f"{table(header, rows)}\n\nRank {found['rank']}. Time grows to {growth['time / linear']:.2f} of linear, "
+        f"memory to {growth['memory / flat']:.2f} of flat. From `{path}`, commit `{found['commit']}`, "
+        f"{found['cores']} cores."
     )
 
 

@@ -24,10 +24,12 @@ def spectrum(kind: str, size: int, rank: int) -> np.ndarray:
 
 
 def stack(kind: str, shape: tuple[int, int, int], rank: int, seed: int = 0) -> np.ndarray:
-    """D_t, [T, a, b], float32, whose vertical stack has about that spectrum."""
+    """D_t, [T, a, b], float32, whose vertical stack has about that spectrum; "random" of Gaussian entries."""
     num_tasks, rows, columns = shape
     size = min(num_tasks * rows, columns)
     rng = np.random.default_rng(seed)
+    if kind == "random":
+        return rng.normal(size=shape).astype(np.float32)
     left = np.linalg.qr(rng.normal(size=(num_tasks * rows, size)))[0]
     right = np.linalg.qr(rng.normal(size=(columns, size)))[0]
     values = np.sqrt(spectrum(kind, size, rank))

@@ -1,3 +1,5 @@
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +8,11 @@ import references_eigen as reference
 from expert_sets import expert_set
 
 import retex_jax as rtx
-from retex_jax.offsets import certified, eigen, exact
+from retex_jax.offsets import ahead, certified, eigen, exact
 
 RETEX = rtx.METHODS["retex"]
 RANK = 24
-KINDS = ["decaying", "steep", "flat", "tied", "equal", "low rank", "zero"]
+KINDS = ["decaying", "steep", "flat", "random", "tied", "equal", "low rank", "zero"]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_the_bound_is_never_below_the_truth(kind, dtype, iterating):
     most = reference.captured(wanted, RANK)
     bound = eigen.most_captured(captured, overlaps, found, RANK, 0.0)
     assert bound >= most * (1 - 1e-12)
-    if kind in ("decaying", "flat"):
+    if kind in ("decaying", "flat", "random"):
         left = np.trace(wanted) - most
         assert bound - most <= 1e-4 * left
         assert most - np.trace(captured[:RANK, :RANK]) <= 1e-5 * left
@@ -71,6 +73,76 @@ def test_the_bound_holds_for_a_matrix_with_an_error(direct, monkeypatch):
         assert bound >= most * (1 - 1e-12)
         if scale == 1e-6:
             assert bound <= most * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "most_over_defect"), [(0.1, 1.6), (1.0, 7.0), (3.0, 40.0)])
+def test_the_bound_holds_for_an_error_along_the_defect(ratio, most_over_defect):
+    """C + F = [[2, e + f], [e + f, 1]] and Q the first axis: E and F Q add up, and more than their squares do."""
+    e = 1e-3
+    noise = np.array([[0, ratio * e], [ratio * e, 0]])
+    true = np.array([[2, e], [e, 1]]) + noise
+    found = eigen.Leading(
+        jnp.eye(2)[:, :1], np.array([[e * e]]), 0.0, beyond=1.0, spectrum=np.array([2.0, 1.0])
+    )
+    bound = eigen.most_captured(true[:1, :1], np.eye(1), found, 1, float(np.linalg.norm(noise)))
+    assert bound >= reference.captured(true, 1)
+    assert bound - 2 <= most_over_defect * e * e
+
+
+@pytest.mark.parametrize("kind", ["decaying", "steep", "flat", "random"])
+@pytest.mark.parametrize("turns", [0, 1, 3])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3])
+def test_the_bound_holds_for_a_block_that_has_not_converged(kind, turns, scale):
+    """Whatever the block is, and with an error of C beside."""
+    rng = np.random.default_rng(turns)
+    exactly = np.asarray(gram_of(kind, "float32"), np.float64)
+    block = np.linalg.qr(rng.normal(size=(200, 40)))[0]
+    for _ in range(turns):
+        block = np.linalg.qr(exactly @ block)[0]
+    values, turn = np.linalg.eigh(block.T @ exactly @ block)
+    block, values = block @ turn[:, ::-1], values[::-1]
+    defect = exactly @ block - block * values
+    beside = np.linalg.qr(block, mode="complete")[0][:, 40:]
+    beyond = np.linalg.eigvalsh(beside.T @ exactly @ beside)[-1]
+    found = eigen.Leading(jnp.asarray(block), defect.T @ defect, 0.0, float(beyond), values)
+    noise = rng.normal(size=exactly.shape)
+    noise = scale * np.linalg.norm(defect, 2) * (noise + noise.T)
+    true = exactly + noise
+    bound = eigen.most_captured(
+        block.T @ true @ block, np.eye(40), found, RANK, float(np.linalg.norm(noise))
+    )
+    assert bound >= reference.captured(true, RANK) * (1 - 1e-12)
+
+
+def test_a_product_with_a_transposed_matrix():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(1100, 1100)).astype(np.float32)  # of parts that are not all equal
+    vectors = rng.normal(size=(1100, 3))
+    with jax.enable_x64(True):
+        product = np.asarray(eigen._multiply_transposed(jnp.asarray(matrix), jnp.asarray(vectors)))
+    assert product.dtype == np.float64
+    np.testing.assert_allclose(product, matrix.astype(np.float64).T @ vectors, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["decaying", "flat", "random"])
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_the_estimated_edge_is_near_the_eigenvalue_of_that_order(kind, share):
+    gram = gram_of(kind, "float32", 400)
+    eigenvalues = np.linalg.eigvalsh(np.asarray(gram, np.float64))[::-1]
+    vectors = np.random.default_rng(0).normal(size=(400, eigen.PROBES))
+    top, edge = eigen._estimated_edge(gram, jnp.asarray(vectors, jnp.float32), share)
+    assert 0.97 * eigenvalues[0] <= top <= 1.0001 * eigenvalues[0]
+    wanted = round(share * 400)
+    assert eigenvalues[round(1.5 * wanted)] <= edge <= eigenvalues[wanted // 2]
+
+
+def test_one_filter_is_enough_for_random_offsets(iterating, monkeypatch):
+    degrees = []
+    monkeypatch.setattr(
+        eigen, "_filter", lambda *args, run=eigen._filter: degrees.append(args[-1]) or run(*args)
+    )
+    assert eigen.leading(gram_of("random", "float32", 600), 100, certified.TOLERANCE) is not None
+    assert len(degrees) == 1
 
 
 def test_a_subspace_that_misses_an_eigenvector_is_not_proven():
@@ -176,7 +248,7 @@ def test_certified_solutions_in_parts(kind, shape, monkeypatch):
 
 def test_what_is_certified_at_all():
     """Decaying and flat spectra must not fall back: no solution would pass all tests above."""
-    for kind in ("decaying", "flat"):
+    for kind in ("decaying", "flat", "random"):
         offsets = reference.stack(kind, (2, 300, 520), RANK)
         solution = certified.solve(lambda offsets=offsets: jnp.asarray(offsets), RANK)
         assert solution is not None
@@ -221,6 +293,63 @@ def test_fit_certifies_large_leaves(num_tasks, kind):
     assert state.report.residuals[name] <= (1 + 1e-4) * least + 1e-9
     assert state.report.optima[name] <= least * (1 + 1e-6)
     assert 1 - 1e-6 <= state.report.ratio <= 1.0001
+
+
+def several(count=4):
+    """Leaves that are certified, and one that is not."""
+    rng = np.random.default_rng(3)
+    pretrained = {
+        **{f"{index}/kernel": np.zeros((530, 520), np.float32) for index in range(count)},
+        "small/kernel": np.zeros((12, 9), np.float32),
+    }
+    experts = [
+        {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in pretrained.items()}
+        for _ in range(2)
+    ]
+    return expert_set(pretrained, experts)
+
+
+def test_certified_leaves_are_solved_two_at_a_time(monkeypatch):
+    """The second begins before the first has ended: each waits for another."""
+    meeting, devices = threading.Barrier(2, timeout=60), []
+
+    def solve(*args, run=certified.solve):
+        meeting.wait()
+        devices.append(jax.config.jax_default_device)
+        return run(*args)
+
+    monkeypatch.setattr(certified, "solve", solve)
+    device = jax.devices()[0]
+    with jax.default_device(device):
+        together = RETEX.fit(several(), rank=24, group_bytes=1)
+    assert devices == [device] * 4
+    monkeypatch.undo()
+
+    def one_by_one(function, items, is_small):
+        assert [is_small(item) for item in items].count(True) == 4
+        return ((item, function(item)) for item in items)
+
+    monkeypatch.setattr(ahead, "in_order", one_by_one)
+    alone = RETEX.fit(several(), rank=24, group_bytes=1)
+    assert together.report.residuals == alone.report.residuals
+    assert together.report.optima == alone.report.optima
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_stopped_fit_of_two_leaves_at_a_time_goes_on_to_the_same_file(tmp_path):
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    made, options = several(), {"rank": 24, "group_bytes": 1, "resume": "x"}
+    RETEX.fit(made, **options, file=whole)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(3):  # whatever is being solved beside the leaf that is written
+        with pytest.raises(KeyboardInterrupt):
+            RETEX.fit(made, **options, file=path, progress=stop)
+    RETEX.fit(made, **options, file=path)
+    assert path.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("bits", [8, 32])

@@ -29,7 +29,7 @@ TOLERANCE = 5e-5
 _FLOOR = {"float32": 1e-2, "float64": 1e-9}
 # Where an offset is of lower rank than r, its residual is rounding of the stored factors, and no bound is needed.
 _ROUNDING = 1e-11
-_STRIPS = 4
+_STRIPS = 6
 # Sides of a Gram matrix: below float64 costs nothing, above the matrix itself costs too much.
 _LEAST_SIDE = 512
 _MOST_SIDE = 8192
@@ -103,15 +103,17 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     energy = float(_energy(offsets))
     if not _SQUARES[0] < energy / offsets.size < _SQUARES[1]:
         return None
-    products = _products(offsets, dtype)
+    probes = eigen.probes(min(offsets.shape[0] * offsets.shape[1], offsets.shape[2]))
+    products = _products(offsets, probes, dtype)
     del offsets
     give_back_freed()
-    gram, error = _gram(*products)
+    gram, error = _gram(*products, probes)
     del products
     found = eigen.leading(gram, rank, TOLERANCE)
     if found is None:
         return None
     del gram
+    give_back_freed()
     own = read()
     is_tall = own.shape[0] * own.shape[1] >= own.shape[2]
     factors, shared, measured = _project(own, found.vectors, rank, is_tall)
@@ -134,17 +136,18 @@ def solve_parts(
       The solution, weighted, or None where it could not be certified.
     """
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        sums, size = _no_sums(columns), 0
+        sums, size, probes = _no_sums(columns), 0, eigen.probes(columns)
         for _, offsets, own in weighted():
             size += offsets.size
-            jax.block_until_ready(
-                sums
-            )  # of the tasks before: no more are held than are read meanwhile
-            sums = _add_products(sums, _scale(offsets, own))
+            # Of the tasks before: no more are held than are read meanwhile.
+            jax.block_until_ready(sums)
+            sums = _add_products(sums, _scale(offsets, own), probes)
         energy = float(sums.energy)
         if not _SQUARES[0] < energy / size < _SQUARES[1]:
             return None
-        gram, error = _gram([strip.astype(jnp.float32) for strip in sums.strips], sums.exact)
+        gram, error = _gram(
+            [strip.astype(jnp.float32) for strip in sums.strips], sums.exact, probes
+        )
         del sums
         found = eigen.leading(gram, rank, TOLERANCE)
         if found is None:
@@ -242,11 +245,11 @@ def _no_sums(columns: int) -> _Sums:
 
 
 @partial(jax.jit, donate_argnames="sums")
-def _add_products(sums: _Sums, offsets: jax.Array) -> _Sums:
+def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     """Adds some tasks' float32 products, and products with `eigen.probes` and squares in float64."""
     columns = offsets.shape[-1]
     stack = offsets.reshape(-1, columns)
-    starts, probes = _starts(columns), eigen.probes(columns)
+    starts = _starts(columns)
     ends, step = [*starts[1:], columns], min(_ROWS, len(stack))
     strips = [
         strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
@@ -271,11 +274,12 @@ def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _products(offsets: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+def _products(
+    offsets: jax.Array, probes: jax.Array, dtype: str
+) -> tuple[list[jax.Array], jax.Array]:
     """What of C is on and above the diagonal, in strips of rows; and C's products with `eigen.probes`, in float64."""
     parts = _parts(offsets)
     columns = parts.shape[2]
-    probes = eigen.probes(columns)
     starts = range(0, columns, -(-columns // _STRIPS))
 
     def products(part: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -293,7 +297,9 @@ def _products(offsets: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Arra
 
 
 @jax.jit
-def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gram(
+    strips: list[jax.Array], exact: jax.Array, probes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """C, [n, n], and a bound of the Frobenius norm of its error."""
     rows, step = [], len(strips[0])
     for index, strip in enumerate(strips):
@@ -305,7 +311,6 @@ def _gram(strips: list[jax.Array], exact: jax.Array) -> tuple[jax.Array, jax.Arr
         symmetric = (strip[:, :height] + strip[:, :height].T) / 2
         rows.append(jnp.hstack([*above, symmetric, strip[:, height:]]))
     gram = jnp.vstack(rows)
-    probes = eigen.probes(len(gram))
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 

@@ -2,7 +2,9 @@
 
 Subspace iteration with a Chebyshev filter (Y. Zhou, Y. Saad, M. Tiago and J. Chelikowsky, Self-consistent-field
 calculations using Chebyshev-filtered subspace iteration, 2006) needs a few products of the matrix with a block of
-vectors where an eigendecomposition of all n needs some 10 n^3 operations, most of them bound by memory. What it
+vectors where an eigendecomposition of all n needs some 10 n^3 operations, most of them bound by memory. A few steps
+of Lanczos from random vectors tell beforehand about where the filter has to end, so that one round is enough where
+the spectrum is not steep. The block is wider than what is kept of it, because its last vectors converge last. What it
 finds proves nothing by itself: eigenvectors may be missing from the block. The proof is dual. For every sigma and
 every P >= 0 with P + sigma I >= C, the r largest eigenvalues of C have a sum of at most r sigma + tr P; beside the
 found subspace C has to be below some beta < sigma, which a Cholesky factorisation of beta I - C + z Q Q^T shows.
@@ -28,12 +30,14 @@ PROBES = 16
 # The mean of 16 squares of a Gaussian vector's product is below 1/10 of the squared norm with that probability.
 _UNDERESTIMATE = 10.0
 
-_OVERSAMPLING = 0.25  # of the rank
-_LEAST_OVERSAMPLING = 16
-_DEGREE = 8
+# Of the rank: vectors that are kept beyond it, and those that are iterated.
+_KEPT, _ITERATED = 0.1875, 0.5
+_LEAST_KEPT, _LEAST_ITERATED = 16, 24
+_DEGREE = 12
 _MAX_ROUNDS = 12
 # By how much a filter may enlarge the first eigenvector over the last: what it leaves is to be above rounding.
-_GROWTH = {"float32": 1e6, "float64": 1e12}
+_GROWTH = {"float32": 1e7, "float64": 1e12}
+_LANCZOS = 12  # steps
 _ROWS = 512
 
 
@@ -62,17 +66,18 @@ def leading(gram: jax.Array, rank: int, tolerance: float) -> Leading | None:
     Args:
       gram: C, [n, n], symmetric, positive semidefinite up to rounding, float32 or float64.
       rank: r, from 1 to n.
-      tolerance: iteration ends when the bound of `most_captured` exceeds the sum of the first r Ritz values by a
-        quarter of this at most, relative to what these leave of C's trace.
+      tolerance: iteration ends when the bound of `most_captured` exceeds the sum of the first r Ritz values by
+        a quarter of this at most, relative to what these leave of C's trace.
 
     Returns:
       The subspace, or None where it was not found.
     """
-    width = min(len(gram), rank + max(_LEAST_OVERSAMPLING, round(_OVERSAMPLING * rank)))
+    kept = min(len(gram), rank + max(_LEAST_KEPT, round(_KEPT * rank)))
+    width = min(len(gram), rank + max(_LEAST_ITERATED, round(_ITERATED * rank)))
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         if len(gram) <= max(MOST_DIRECT, 2 * width):
-            return _direct(gram, width)
-        return _iterate(gram, rank, width, tolerance)
+            return _direct(gram, kept)
+        return _iterate(gram, rank, kept, width, tolerance)
 
 
 def most_captured(
@@ -96,9 +101,12 @@ def most_captured(
     """
     inverse = np.linalg.inv(np.linalg.cholesky(overlaps)).T
     captured = inverse.T @ captured @ inverse
-    # (E + F Q)^T (E + F Q) <= 2 E^T E + 2 (F Q)^T F Q.
-    errors = (error + found.error) ** 2 * np.eye(len(captured))
-    defects = inverse.T @ (2 * found.defects + 2 * errors) @ inverse
+    # (E + F Q)^T (E + F Q) <= (1 + x) E^T E + (1 + 1 / x) (F Q)^T F Q for any x > 0.
+    errors = (error + found.error) ** 2
+    squares = np.trace(found.defects) / len(captured)
+    x = np.clip(np.sqrt(errors / squares), 1e-3, 1.0) if squares > 0 else 1.0
+    both = (1 + x) * found.defects + (1 + 1 / x) * errors * np.eye(len(captured))
+    defects = inverse.T @ both @ inverse
     beta = found.beyond + error
     sigma = _sigma(np.diag(captured), np.diag(defects), beta, rank)
     eigenvalues = np.linalg.eigvalsh(
@@ -112,14 +120,23 @@ def norm_bound(errors: jax.Array) -> jax.Array:
     return jnp.sqrt(_UNDERESTIMATE / PROBES) * jnp.linalg.norm(errors)
 
 
-def probes(size: int) -> jax.Array:
+def probes(size: int) -> np.ndarray:
     """Gaussian vectors, [size, PROBES], float64."""
-    return jax.random.normal(jax.random.key(1), (size, PROBES), jnp.float64)
+    return np.random.default_rng(1).standard_normal((size, PROBES))
 
 
 def multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """In float64, without a float64 copy of the matrix: [n, k], [k, m] to [n, m]."""
     return jax.lax.map(lambda row: row.astype(jnp.float64) @ vectors, matrix, batch_size=_ROWS)
+
+
+def _multiply_transposed(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """A^T V in float64, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
+    products = jnp.zeros(vectors.shape, jnp.float64)
+    for start in range(0, len(matrix), _ROWS):
+        rows = slice(start, start + _ROWS)
+        products += matrix[rows].astype(jnp.float64).T @ vectors[rows]
+    return products
 
 
 def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:
@@ -153,29 +170,35 @@ def _direct(gram: jax.Array, width: int) -> Leading:
     return Leading(vectors, nothing, float(error), float(beyond), np.maximum(spectrum, 0))
 
 
-def _iterate(gram: jax.Array, rank: int, width: int, tolerance: float) -> Leading | None:
+def _iterate(gram: jax.Array, rank: int, kept: int, width: int, tolerance: float) -> Leading | None:
     trace = float(jnp.trace(gram.astype(jnp.float64)))
     if not trace > 0:
         return None
-    basis, image = _start(gram, width)
+    rounding = np.finfo(gram.dtype).eps
+    drawn = np.random.default_rng(0).standard_normal((len(gram), width), np.float32)
+    basis = jnp.asarray(drawn, gram.dtype)
+    top, edge = _estimated_edge(gram, basis[:, :PROBES], width / len(gram))
+    image = gram @ basis
     for turn in range(_MAX_ROUNDS + 1):
+        edge = max(edge, rounding * top)
+        growth = np.arccosh(max(2 * top / edge - 1, 1 + 1e-6))
+        degree = int(np.clip(np.arccosh(_GROWTH[gram.dtype.name]) / growth, 2, _DEGREE))
+        basis, image = _filter(gram, basis, image, top, edge, degree)
         basis, image, values, excess = _rotate(basis, image)
         ritz = np.asarray(values, np.float64)
-        beyond = _beyond(ritz, rank)
+        beyond = _beyond(ritz[:kept], rank)
         left = trace - ritz[:rank].sum()
-        bounds = _bounds(ritz, np.asarray(excess, np.float64), beyond, rank)[:, 1]
+        bounds = _bounds(ritz[:kept], np.asarray(excess[:kept], np.float64), beyond, rank)[:, 1]
         is_found = bounds.min() - ritz[:rank].sum() <= tolerance / 4 * left
-        if is_found or turn == _MAX_ROUNDS or not left > np.finfo(gram.dtype).eps * trace:
+        if is_found or turn == _MAX_ROUNDS or not left > rounding * trace:
             break
-        edge = max(ritz[-1], np.finfo(gram.dtype).eps * ritz[0])
-        growth = np.arccosh(max(2 * ritz[0] / edge - 1, 1 + 1e-6))
-        degree = int(np.clip(np.arccosh(_GROWTH[gram.dtype.name]) / growth, 2, _DEGREE))
-        basis, image = _filter(gram, basis, image, ritz[0], edge, degree)
+        top, edge = ritz[0], ritz[(kept + width) // 2 - 1]
+    basis, image, values = basis[:, :kept], image[:, :kept], values[:kept]
     defects, error, above, is_below = _prove(gram, basis, image, values, beyond, 2 * ritz[0])
     if not bool(is_below):
         return None
     beyond += float(above)
-    return Leading(basis, np.asarray(defects), float(error), beyond, np.maximum(ritz, 0))
+    return Leading(basis, np.asarray(defects), float(error), beyond, np.maximum(ritz[:kept], 0))
 
 
 def _beyond(ritz: np.ndarray, rank: int) -> float:
@@ -183,11 +206,38 @@ def _beyond(ritz: np.ndarray, rank: int) -> float:
     return max((ritz[-1] + ritz[rank - 1]) / 2, ritz[-1] + 1e-6 * ritz[rank - 1], 1e-12 * ritz[0])
 
 
-@partial(jax.jit, static_argnames="width")
-def _start(gram: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    probe = jax.random.normal(jax.random.key(0), (len(gram), width), gram.dtype)
-    basis = jnp.linalg.qr(gram @ jnp.linalg.qr(gram @ probe)[0])[0]
-    return basis, gram @ basis
+def _estimated_edge(gram: jax.Array, vectors: jax.Array, share: float) -> tuple[float, float]:
+    """About the largest eigenvalue, and the one above which this share of all lie: by Lanczos quadrature."""
+    diagonals, besides = (np.asarray(x, np.float64) for x in _tridiagonals(gram, vectors))
+    order = np.arange(len(diagonals))
+    matrices = np.zeros((vectors.shape[1], len(order), len(order)))
+    matrices[:, order, order] = diagonals.T
+    matrices[:, order[1:], order[:-1]] = besides[:-1].T  # eigh reads the lower triangle
+    nodes, turns = np.linalg.eigh(matrices)
+    descending = np.argsort(-nodes, axis=None)
+    above = np.cumsum((turns[:, 0] ** 2).reshape(-1)[descending]) / vectors.shape[1]
+    nodes = nodes.reshape(-1)[descending]
+    return float(nodes[0]), float(nodes[min(np.searchsorted(above, share), nodes.size - 1)])
+
+
+@jax.jit
+def _tridiagonals(gram: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lanczos from k vectors, each on its own: the diagonals, and what is beside them, [steps, k]."""
+
+    def step(carry: tuple[jax.Array, ...], _: None):
+        before, now, scale = carry
+        image = gram @ now - scale * before
+        diagonal = jnp.sum(image * now, axis=0)
+        image -= diagonal * now
+        scale = jnp.linalg.norm(image, axis=0)
+        return (now, image / jnp.maximum(scale, jnp.finfo(gram.dtype).tiny), scale), (
+            diagonal,
+            scale,
+        )
+
+    start = vectors / jnp.linalg.norm(vectors, axis=0)
+    nothing = jnp.zeros_like(start)
+    return jax.lax.scan(step, (nothing, start, nothing[0]), length=_LANCZOS)[1]
 
 
 @jax.jit
@@ -221,7 +271,6 @@ def _filter(
     return basis, gram @ basis
 
 
-@jax.jit
 def _prove(
     gram: jax.Array,
     basis: jax.Array,
@@ -231,7 +280,20 @@ def _prove(
     lift: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """E^T E and the error of E; and of beta I - C + z Q Q^T = L L^T the error, and whether there is an L."""
-    wide, probe = basis.astype(jnp.float64), probes(len(gram))
+    return _factored(gram, basis, image, values, beyond, lift, probes(len(gram)))
+
+
+@jax.jit
+def _factored(
+    gram: jax.Array,
+    basis: jax.Array,
+    image: jax.Array,
+    values: jax.Array,
+    beyond: float,
+    lift: float,
+    probe: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    wide = basis.astype(jnp.float64)
     defect = image.astype(jnp.float64) - wide * values.astype(jnp.float64)
     turned = probe[: basis.shape[1]]
     both = multiply(gram, jnp.hstack([wide @ turned, probe]))
@@ -239,7 +301,7 @@ def _prove(
     lifted = basis * jnp.asarray(lift, gram.dtype)
     deflated = lifted @ basis.T - gram + jnp.diag(jnp.full(len(gram), beyond, gram.dtype))
     lower = jax.lax.linalg.cholesky(deflated, symmetrize_input=False)
-    factored = multiply(lower, multiply(lower.T, probe))
+    factored = multiply(lower, _multiply_transposed(lower, probe))
     wanted = beyond * probe - both[:, PROBES:] + lift * (wide @ (wide.T @ probe))
     is_whole = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
     return defect.T @ defect, error, norm_bound(factored - wanted), is_whole
