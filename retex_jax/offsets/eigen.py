@@ -140,8 +140,11 @@ def _multiply_transposed(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:
-    """Of diagonal matrices, for many sigmas: [k, 2], sigma and bound."""
+    """Of diagonal matrices, for many sigmas: [k, 2], sigma and bound; values descend."""
     gaps = max(values[0], np.finfo(float).tiny) * np.geomspace(1e-9, 1, 200)
+    # Without errors the best sigmas lie between the r-th and the next value, which may be closer than these.
+    between = values[rank - 1 : rank + 1].mean() - beta
+    gaps = np.append(gaps, max(between, gaps[0]))
     sigmas = beta + gaps
     positive = values - sigmas[:, None] + excess / gaps[:, None]
     return np.stack([sigmas, rank * sigmas + np.maximum(positive, 0).sum(axis=1)], axis=1)
