@@ -104,11 +104,13 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     if not _SQUARES[0] < energy / offsets.size < _SQUARES[1]:
         return None
     probes = eigen.probes(min(offsets.shape[0] * offsets.shape[1], offsets.shape[2]))
-    products = _products(offsets, probes, dtype)
+    # Awaited, so that what they took is free before the next is taken.
+    products = jax.block_until_ready(_products(offsets, probes, dtype))
     del offsets
     give_back_freed()
-    gram, error = _gram(*products, probes)
+    gram, error = jax.block_until_ready(_gram(*products, probes))
     del products
+    give_back_freed()
     found = eigen.leading(gram, rank, TOLERANCE)
     if found is None:
         return None
