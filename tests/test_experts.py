@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,10 @@ def test_safetensors_problems_are_those_of_trees(tmp_path):
     experts[0] = {**pretrained, "scale": np.array(np.nan, np.float32)}
     path, paths = _files(tmp_path, pretrained, experts[:1])
     with pytest.raises(ValueError, match="a: scale has 1 values that are NaN or Inf"):
+        rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
+    path, paths = _files(tmp_path, experts[0], [pretrained])
+    told = rf"pretrained \({re.escape(str(path))}\): scale has 1 values that are NaN or Inf"
+    with pytest.raises(ValueError, match=told):
         rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
 
 
