@@ -15,7 +15,7 @@ at s = 1 the metric is plain L2. A layer whose inputs are all zero keeps plain L
 Numerics: products of inputs in float32; sums over tasks, L and residuals in float64; whitened offsets in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def view_order(view: tree.MatrixView, shape: tuple[int, ...]) -> np.ndarray:
     return positions.transpose([axes.index(axis) for axis in view.input_axes]).ravel()
 
 
-def stack_roots(roots: Mapping[str, Array], names: list[str]) -> jax.Array | None:
+def stack_roots(roots: Mapping[str, Array], names: Sequence[str]) -> jax.Array | None:
     """L of a group of leaves, [G, b, b]; None where its first leaf has none."""
     if names[0] not in roots:
         return None

@@ -266,7 +266,8 @@ def fit(
             own_report.energies[name] = own.energy
         return found, own_report
 
-    device = jax.config.jax_default_device  # JAX keeps it for each thread
+    # JAX keeps it for each thread; its type is not declared.
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
 
     def solve_on_device(group: Sequence[str]) -> tuple[dict[str, Form], FitReport]:
         with jax.default_device(device):
