@@ -9,7 +9,7 @@ from retex_jax.data.folders import holds_images, read_folder, split_of
 
 def rows(source, part):
     """(file name, class) of a part."""
-    read = source.parts[part].images()
+    read = source.parts[part].images()()
     labels = source.parts[part].labels()
     return sorted((read(i).name, source.classes[label]) for i, label in enumerate(labels))
 
@@ -46,7 +46,7 @@ def test_folders_of_splits(tmp_path, folders, tested):
     found = {part: len(source.parts[part].labels()) for part in source.parts}
     test = sizes.pop(tested[0])
     assert found == {"train": sum(sizes.values()), "test": test}
-    read = source.parts["test"].images()
+    read = source.parts["test"].images()()
     assert all(tested[0] in str(read(i)) for i in range(test))
 
 
