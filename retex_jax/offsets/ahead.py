@@ -1,4 +1,9 @@
-"""Work that is begun before its turn comes, so that one piece computes while another reads or factorises."""
+"""Work that is begun before its turn comes, so that one piece computes while another reads or factorises.
+
+No piece may factorise a batch of matrices. On CPUs jaxlib 0.10 hands the matrices of a batch to the threads of the pool
+that it runs in itself and waits for them: as many batches at a time as there are threads wait for ever. One matrix is
+factorised where it is.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -197,6 +197,8 @@ def _certify(
     residual = float(measured.residual)
     matrices = np.asarray(measured.captured), np.asarray(measured.overlaps)
     bound = eigen.most_captured(*matrices, found, len(shared), error)
+    # What Q captures is a sum over rounded products.
+    bound += float(np.finfo(dtype).eps * np.trace(matrices[0]))
     optimum = max(energy - bound, 0.0)
     is_rounding = dtype == "float64" and residual <= _ROUNDING * energy
     is_close = residual <= (1 + TOLERANCE) * optimum and residual >= _FLOOR[dtype] * energy

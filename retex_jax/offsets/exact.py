@@ -229,9 +229,11 @@ def fit(
         return file is not None and file.finished.issuperset(group)
 
     def is_small(group: Sequence[str]) -> bool:
+        if len(group) > 1 or group[0] in roots or group[0] in large or group[0] in separate:
+            return False  # Factorisations of several matrices are not to run beside others: see `ahead`.
         shape = (experts.num_tasks, *plans[group[0]].solved_shape)
-        is_large = len(group) * 4 * prod(shape) > _MOST_BESIDE or not certified.is_worth(shape)
-        return not (is_large or is_finished(group) or group[0] in large or group[0] in separate)
+        is_large = 4 * prod(shape) > _MOST_BESIDE or not certified.is_worth(shape)
+        return not (is_large or is_finished(group))
 
     def solve(group: Sequence[str]) -> tuple[dict[str, Form], FitReport]:
         """The group's offsets and what is to be reported, nothing where an earlier fit has solved it."""
