@@ -31,8 +31,8 @@ def gram_of(kind, dtype, size=200):
 def test_the_bound_is_never_below_the_truth(kind, dtype, iterating):
     with jax.enable_x64(True):
         gram = gram_of(kind, dtype)
+        wanted = np.array(gram, np.float64)
         found = eigen.leading(gram, RANK, 1e-5)
-        wanted = np.asarray(gram, np.float64)
     if found is None:
         assert kind in ("tied", "equal", "zero", "low rank")
         return
@@ -54,8 +54,8 @@ def test_the_bound_holds_for_a_matrix_with_an_error(direct, monkeypatch):
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         gram = gram_of("flat", "float64")
+        exactly = np.array(gram)
         found = eigen.leading(gram, RANK, 1e-5)
-        exactly = np.asarray(gram)
     vectors = np.asarray(found.vectors)
     assert found.vectors.shape == (200, 40)
     for scale in (1e-6, 1e-4, 1e-2):
@@ -154,10 +154,10 @@ def test_a_subspace_that_misses_an_eigenvector_is_not_proven():
         basis = jnp.eye(size, dtype=jnp.float64)[:, 1 : width + 1]
         image = gram @ basis
         values = jnp.diagonal(basis.T @ image)
-        missed = eigen._prove(gram, basis, image, values, 1.8, 6.0)
+        missed = eigen._prove(gram.copy(), basis, image, values, 1.8, 6.0)
         whole = jnp.eye(size, dtype=jnp.float64)[:, :width]
-        values = jnp.diagonal(whole.T @ gram @ whole)
-        proven = eigen._prove(gram, whole, gram @ whole, values, 1.8, 6.0)
+        values, image = jnp.diagonal(whole.T @ gram @ whole), gram @ whole
+        proven = eigen._prove(gram, whole, image, values, 1.8, 6.0)
     assert not bool(missed[3])
     assert bool(proven[3])
     assert float(proven[2]) < 1e-12
@@ -366,3 +366,32 @@ def test_one_precision_for_all_calls():
     assert exact.check_settings(precision="auto") is None
     with pytest.raises(ValueError, match="precision: got 'half', expected one of"):
         exact.check_settings(precision="half")
+
+
+@pytest.mark.parametrize("size", [70, 512, 1300])
+def test_transposed_products_a_few_rows_at_a_time(size):
+    rng = np.random.default_rng(0)
+    matrix, vectors = rng.normal(size=(size, size)).astype("f4"), rng.normal(size=(size, 3))
+    with jax.enable_x64(True):
+        found = eigen._multiply_transposed(jnp.asarray(matrix), jnp.asarray(vectors))
+    np.testing.assert_allclose(found, matrix.astype(np.float64).T @ vectors, rtol=1e-9, atol=1e-9)
+
+
+def test_a_proof_holds_two_matrices_at_most():
+    size, width, float32 = 2048, 16, 4
+    matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    basis = jax.ShapeDtypeStruct((size, width), jnp.float32)
+    values = jax.ShapeDtypeStruct((width,), jnp.float32)
+    with jax.enable_x64(True):
+        probe = jax.ShapeDtypeStruct((size, eigen.PROBES), jnp.float64)
+        programs = (
+            eigen._defects.lower(matrix, basis, basis, values, 1.0, 2.0, probe),
+            eigen._deflated.lower(matrix, basis, 1.0, 2.0),
+            eigen._cholesky.lower(matrix),
+            eigen._checked.lower(matrix, probe, probe),
+        )
+    for program in programs:
+        memory = program.compile().memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        assert held <= 2.1 * float32 * size**2

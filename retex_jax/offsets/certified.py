@@ -100,16 +100,19 @@ def solve(read: Callable[[], jax.Array], rank: int) -> Certified | None:
 
 def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | None:
     offsets = read()
-    energy = float(_energy(offsets))
-    if not _SQUARES[0] < energy / offsets.size < _SQUARES[1]:
-        return None
-    probes = eigen.probes(min(offsets.shape[0] * offsets.shape[1], offsets.shape[2]))
+    size, probes = (
+        offsets.size,
+        eigen.probes(min(offsets.shape[0] * offsets.shape[1], offsets.shape[2])),
+    )
     # Awaited, so that what they took is free before the next is taken.
-    products = jax.block_until_ready(_products(offsets, probes, dtype))
+    sums = jax.block_until_ready(_products(offsets, probes, dtype))
     del offsets
     give_back_freed()
-    gram, error = jax.block_until_ready(_gram(*products, probes))
-    del products
+    energy = float(sums.energy)
+    if not _SQUARES[0] < energy / size < _SQUARES[1]:
+        return None
+    gram, error = jax.block_until_ready(_gram(sums.strips, sums.exact, probes))
+    del sums
     give_back_freed()
     found = eigen.leading(gram, rank, TOLERANCE)
     if found is None:
@@ -207,11 +210,6 @@ def _certify(
     return Certified(factors, shared, residual, optimum, energy, found.spectrum)
 
 
-@jax.jit
-def _energy(offsets: jax.Array) -> jax.Array:
-    return jnp.sum(offsets.astype(jnp.float64) ** 2)
-
-
 def _parts(offsets: jax.Array) -> jax.Array:
     """The stack, or its transpose, whichever has fewer columns, in parts of its rows: [k, N / k, n]."""
     num_tasks, rows, columns = offsets.shape
@@ -221,12 +219,12 @@ def _parts(offsets: jax.Array) -> jax.Array:
 
 
 class _Sums(NamedTuple):
-    """Over tasks, float64.
+    """Over tasks.
 
     Attributes:
       strips: what of C is on and above the diagonal, in strips of rows.
-      exact: C's products with `eigen.probes`, [n, k].
-      energy: the sum of squares.
+      exact: C's products with `eigen.probes`, [n, k], float64.
+      energy: the sum of squares, float64.
     """
 
     strips: list[jax.Array]
@@ -254,11 +252,44 @@ def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     columns = offsets.shape[-1]
     stack = offsets.reshape(-1, columns)
     starts = _starts(columns)
-    ends, step = [*starts[1:], columns], min(_ROWS, len(stack))
+    ends = [*starts[1:], columns]
     strips = [
         strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
         for strip, start, end in zip(sums.strips, starts, ends, strict=True)
     ]
+    return _Sums(strips, *_add_exact((sums.exact, sums.energy), stack, probes))
+
+
+def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiplies each task's values by its weight."""
+    return values * weights[:, None, None] if np.any(weights != 1) else values
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _products(offsets: jax.Array, probes: jax.Array, dtype: str) -> _Sums:
+    """The sums of all tasks; strips of this dtype."""
+    parts = _parts(offsets)
+    columns = parts.shape[2]
+    starts = range(0, columns, -(-columns // _STRIPS))
+    strips = [jnp.zeros((min(starts.step, columns - at), columns - at), dtype) for at in starts]
+
+    def add(index: int, sums: list[jax.Array]) -> list[jax.Array]:
+        own = parts[index].astype(dtype)
+        return [
+            strip + own[:, start : start + starts.step].T @ own[:, start:]
+            for strip, start in zip(sums, starts, strict=True)
+        ]
+
+    nothing = jnp.zeros(probes.shape), jnp.zeros(())
+    exact = _add_exact(nothing, parts.reshape(-1, columns), probes)
+    return _Sums(jax.lax.fori_loop(0, len(parts), add, strips), *exact)
+
+
+def _add_exact(
+    sums: tuple[jax.Array, jax.Array], stack: jax.Array, probes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Adds products with `eigen.probes`, and squares, in float64, some rows at a time."""
+    step = min(_ROWS, len(stack))
 
     def add(rows: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         wide = rows.astype(jnp.float64)
@@ -268,36 +299,7 @@ def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
         return add(jax.lax.dynamic_slice_in_dim(stack, index * step, step), sums)
 
     whole = len(stack) // step
-    exact, energy = jax.lax.fori_loop(0, whole, add_some, (sums.exact, sums.energy))
-    return _Sums(strips, *add(stack[whole * step :], (exact, energy)))
-
-
-def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Multiplies each task's values by its weight."""
-    return values * weights[:, None, None] if np.any(weights != 1) else values
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _products(
-    offsets: jax.Array, probes: jax.Array, dtype: str
-) -> tuple[list[jax.Array], jax.Array]:
-    """What of C is on and above the diagonal, in strips of rows; and C's products with `eigen.probes`, in float64."""
-    parts = _parts(offsets)
-    columns = parts.shape[2]
-    starts = range(0, columns, -(-columns // _STRIPS))
-
-    def products(part: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        own, wide = part.astype(dtype), part.astype(jnp.float64)
-        strips = [own[:, start : start + starts.step].T @ own[:, start:] for start in starts]
-        return strips, wide.T @ (wide @ probes)
-
-    def add(sums: tuple[list[jax.Array], jax.Array], part: jax.Array):
-        return jax.tree.map(jnp.add, sums, products(part)), None
-
-    nothing = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(products, parts[0])
-    )
-    return jax.lax.scan(add, nothing, parts)[0]
+    return add(stack[whole * step :], jax.lax.fori_loop(0, whole, add_some, sums))
 
 
 @jax.jit
@@ -305,16 +307,15 @@ def _gram(
     strips: list[jax.Array], exact: jax.Array, probes: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """C, [n, n], and a bound of the Frobenius norm of its error."""
-    rows, step = [], len(strips[0])
-    for index, strip in enumerate(strips):
+    columns, start = strips[0].shape[1], 0
+    gram = jnp.zeros((columns, columns), strips[0].dtype)
+    for strip in strips:  # each written in its place: no second matrix is held
         height = len(strip)
-        above = (
-            earlier[:, (index - number) * step :][:, :height].T
-            for number, earlier in enumerate(strips[:index])
-        )
-        symmetric = (strip[:, :height] + strip[:, :height].T) / 2
-        rows.append(jnp.hstack([*above, symmetric, strip[:, height:]]))
-    gram = jnp.vstack(rows)
+        own = strip[:, :height]
+        below = jnp.vstack([(own + own.T) / 2, strip[:, height:].T])
+        gram = gram.at[start : start + height, start:].set(strip)
+        gram = gram.at[start:, start : start + height].set(below)
+        start += height
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 

@@ -64,7 +64,7 @@ def leading(gram: jax.Array, rank: int, tolerance: float) -> Leading | None:
     """Finds the leading eigenvectors of a Gram matrix.
 
     Args:
-      gram: C, [n, n], symmetric, positive semidefinite up to rounding, float32 or float64.
+      gram: C, [n, n], symmetric, positive semidefinite up to rounding, float32 or float64; its memory may be taken.
       rank: r, from 1 to n.
       tolerance: iteration ends when the bound of `most_captured` exceeds the sum of the first r Ritz values by
         a quarter of this at most, relative to what these leave of C's trace.
@@ -131,12 +131,16 @@ def multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 def _multiply_transposed(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
-    """A^T V in float64, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
-    products = jnp.zeros(vectors.shape, jnp.float64)
-    for start in range(0, len(matrix), _ROWS):
-        rows = slice(start, start + _ROWS)
-        products += matrix[rows].astype(jnp.float64).T @ vectors[rows]
-    return products
+    """A^T V in float64, some rows at a time, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
+
+    def product(start: jax.Array | int, rows: int) -> jax.Array:
+        own, beside = (jax.lax.dynamic_slice_in_dim(x, start, rows) for x in (matrix, vectors))
+        return own.astype(jnp.float64).T @ beside
+
+    step = min(_ROWS, len(matrix))
+    whole, rest = divmod(len(matrix), step)
+    last = product(whole * step, rest)
+    return jax.lax.fori_loop(0, whole, lambda i, sums: sums + product(i * step, step), last)
 
 
 def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:
@@ -174,7 +178,7 @@ def _direct(gram: jax.Array, width: int) -> Leading:
 
 
 def _iterate(gram: jax.Array, rank: int, kept: int, width: int, tolerance: float) -> Leading | None:
-    trace = float(jnp.trace(gram.astype(jnp.float64)))
+    trace = float(jnp.diagonal(gram).astype(jnp.float64).sum())
     if not trace > 0:
         return None
     rounding = np.finfo(gram.dtype).eps
@@ -282,12 +286,20 @@ def _prove(
     beyond: float,
     lift: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """E^T E and the error of E; and of beta I - C + z Q Q^T = L L^T the error, and whether there is an L."""
-    return _factored(gram, basis, image, values, beyond, lift, probes(len(gram)))
+    """E^T E and the error of E; and of beta I - C + z Q Q^T = L L^T the error, and whether there is an L.
+
+    C's memory is taken: no more than two matrices of its size are held.
+    """
+    probe = probes(len(gram))
+    defects, error, wanted = _defects(gram, basis, image, values, beyond, lift, probe)
+    deflated = jax.block_until_ready(_deflated(gram, basis, beyond, lift))
+    del gram
+    lower = jax.block_until_ready(_cholesky(deflated))
+    return defects, error, *_checked(lower, probe, wanted)
 
 
 @jax.jit
-def _factored(
+def _defects(
     gram: jax.Array,
     basis: jax.Array,
     image: jax.Array,
@@ -295,16 +307,31 @@ def _factored(
     beyond: float,
     lift: float,
     probe: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """E^T E, a bound of the error of E, and the deflated matrix' products with random vectors."""
     wide = basis.astype(jnp.float64)
     defect = image.astype(jnp.float64) - wide * values.astype(jnp.float64)
     turned = probe[: basis.shape[1]]
     both = multiply(gram, jnp.hstack([wide @ turned, probe]))
     error = norm_bound(both[:, :PROBES] - image.astype(jnp.float64) @ turned)
-    lifted = basis * jnp.asarray(lift, gram.dtype)
-    deflated = lifted @ basis.T - gram + jnp.diag(jnp.full(len(gram), beyond, gram.dtype))
-    lower = jax.lax.linalg.cholesky(deflated, symmetrize_input=False)
-    factored = multiply(lower, _multiply_transposed(lower, probe))
     wanted = beyond * probe - both[:, PROBES:] + lift * (wide @ (wide.T @ probe))
-    is_whole = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
-    return defect.T @ defect, error, norm_bound(factored - wanted), is_whole
+    return defect.T @ defect, error, wanted
+
+
+@partial(jax.jit, donate_argnames="gram")
+def _deflated(gram: jax.Array, basis: jax.Array, beyond: float, lift: float) -> jax.Array:
+    """C without the block, to be factorised: beta I - C + z Q Q^T."""
+    lifted = basis * jnp.asarray(lift, gram.dtype)
+    return lifted @ basis.T - gram + jnp.diag(jnp.full(len(gram), beyond, gram.dtype))
+
+
+@partial(jax.jit, donate_argnames="matrix")
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+@jax.jit
+def _checked(lower: jax.Array, probe: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A bound of the error of L L^T, and whether there is an L."""
+    error = norm_bound(multiply(lower, _multiply_transposed(lower, probe)) - wanted)
+    return error, jnp.all(jnp.isfinite(jnp.diagonal(lower)))
