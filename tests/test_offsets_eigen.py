@@ -1,5 +1,3 @@
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +6,7 @@ import references_eigen as reference
 from expert_sets import expert_set
 
 import retex_jax as rtx
-from retex_jax.offsets import ahead, certified, eigen, exact
+from retex_jax.offsets import certified, eigen, exact
 
 RETEX = rtx.METHODS["retex"]
 RANK = 24
@@ -309,35 +307,7 @@ def several(count=4):
     return expert_set(pretrained, experts)
 
 
-def test_certified_leaves_are_solved_two_at_a_time(monkeypatch):
-    """The second begins before the first has ended: each waits for another."""
-    meeting, devices = threading.Barrier(2, timeout=60), []
-
-    def solve(*args, run=certified.solve):
-        meeting.wait()
-        devices.append(jax.config.jax_default_device)
-        return run(*args)
-
-    monkeypatch.setattr(certified, "solve", solve)
-    device = jax.devices()[0]
-    with jax.default_device(device):
-        together = RETEX.fit(several(), rank=24, group_bytes=1)
-    assert devices == [device] * 4
-    monkeypatch.undo()
-
-    def one_by_one(function, items, is_small):
-        assert [is_small(item) for item in items].count(True) == 4
-        return ((item, function(item)) for item in items)
-
-    monkeypatch.setattr(ahead, "in_order", one_by_one)
-    alone = RETEX.fit(several(), rank=24, group_bytes=1)
-    assert together.report.residuals == alone.report.residuals
-    assert together.report.optima == alone.report.optima
-    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_stopped_fit_of_two_leaves_at_a_time_goes_on_to_the_same_file(tmp_path):
+def test_a_stopped_fit_of_certified_leaves_goes_on_to_the_same_file(tmp_path):
     whole, path = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     made, options = several(), {"rank": 24, "group_bytes": 1, "resume": "x"}
     RETEX.fit(made, **options, file=whole)
@@ -345,7 +315,7 @@ def test_a_stopped_fit_of_two_leaves_at_a_time_goes_on_to_the_same_file(tmp_path
     def stop(*_):
         raise KeyboardInterrupt
 
-    for _ in range(3):  # whatever is being solved beside the leaf that is written
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             RETEX.fit(made, **options, file=path, progress=stop)
     RETEX.fit(made, **options, file=path)

@@ -9,7 +9,7 @@ import references
 from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
-from retex_jax.offsets import ahead, exact
+from retex_jax.offsets import exact
 from retex_jax.offsets import state as state_module
 
 RETEX = rtx.METHODS["retex"]
@@ -530,22 +530,3 @@ def test_sharded_equals_one_device(place_on_8_devices):
         assert_close(
             references.flat(RETEX.recover(found, task)), references.flat(RETEX.recover(want, task))
         )
-
-
-def test_leaves_that_are_factorised_together_are_not_computed_beside_others(monkeypatch):
-    begun = []
-    in_order = ahead.in_order
-
-    def spy(function, items, is_small):
-        begun.extend(item for item in items if is_small(item))
-        return in_order(function, items, is_small)
-
-    monkeypatch.setattr(exact.ahead, "in_order", spy)
-    shapes = {"first": (64, 520), "second": (64, 520), "third": (80, 520)}
-    rng = np.random.default_rng(0)
-    models = [
-        {name: rng.normal(size=x).astype("f4") for name, x in shapes.items()} for _ in "ab" * 4
-    ]
-    experts = rtx.ExpertSet.from_trees(None, models, layout="torch")
-    rtx.METHODS["retex"].fit(experts, base="weight_average", rank=8)
-    assert begun == [["third"]]

@@ -22,7 +22,7 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.buffers import give_back_freed
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import activations, ahead, certified, differences, streamed
+from retex_jax.offsets import activations, certified, differences, streamed
 from retex_jax.offsets.coding import Stored, check_bits, code, code_factors, dense
 from retex_jax.offsets.factor_writer import FactorFile
 from retex_jax.offsets.forms import Form, Orientation, Product
@@ -33,9 +33,6 @@ from retex_jax.typing import Array, FlatParams, Params, ProgressFn
 Precision = Literal["auto", "float64", "float32"]
 
 MAX_GRAM = 8192
-
-# Bytes of a group's offsets up to which it is solved beside another one.
-_MOST_BESIDE = 1 << 25
 
 
 class Solution(NamedTuple):
@@ -225,68 +222,40 @@ def fit(
     entry_bytes = 4 * experts.num_tasks
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (entry_bytes * prod(key[0]))))
 
-    def is_finished(group: Sequence[str]) -> bool:
-        return file is not None and file.finished.issuperset(group)
-
-    def is_small(group: Sequence[str]) -> bool:
-        if len(group) > 1 or group[0] in roots or group[0] in large or group[0] in separate:
-            return False  # Factorisations of several matrices are not to run beside others: see `ahead`.
-        shape = (experts.num_tasks, *plans[group[0]].solved_shape)
-        is_large = 4 * prod(shape) > _MOST_BESIDE or not certified.is_worth(shape)
-        return not (is_large or is_finished(group))
-
-    def solve(group: Sequence[str]) -> tuple[dict[str, Form], FitReport]:
-        """The group's offsets and what is to be reported, nothing where an earlier fit has solved it."""
-        found: dict[str, Form] = {}
-        own_report = FitReport({}, {}, {}, {})
-        if is_finished(group):
-            return found, own_report
+    done = 0
+    for group in [*groups, *([name] for name in (*large, *separate))]:
+        is_finished = file is not None and file.finished.issuperset(group)
         readers = [
             partial(differences.matrices, experts, base, name, plans[name]) for name in group
         ]
-        name, plan = group[0], plans[group[0]]
-        if name in large:
+        if file is not None and is_finished:
+            file.report_on(group, report)
+        elif group[0] in large:
+            (name,) = group
+            plan = plans[name]
             leaf = _stream(experts, base, name, plan, weights, bits, precision, stack_bytes, file)
-            found[name] = Product(leaf.task_factors, leaf.shared_factor, plan.orientation)
-            own_report.residuals[name], own_report.optima[name] = leaf.residual, leaf.optimum
-            own_report.energies[name], own_report.spectra[name] = leaf.energy, leaf.spectrum
-        elif name in shared:
+            offsets[name] = Product(leaf.task_factors, leaf.shared_factor, plan.orientation)
+            report.residuals[name], report.optima[name] = leaf.residual, leaf.optimum
+            report.energies[name], report.spectra[name] = leaf.energy, leaf.spectrum
+        elif group[0] in shared:
             root = activations.stack_roots(roots, group)
-            products, solution = _fit_group(readers, plan, weights, root, bits, precision)
-            if plan.rank:
-                found |= {
-                    leaf: jax.tree.map(partial(_take, index), products)
-                    for index, leaf in enumerate(group)
-                }
-            add_to_report(own_report, group, solution)
+            products, solution = _fit_group(
+                readers, plans[group[0]], weights, root, bits, precision
+            )
+            for index, name in enumerate(group):
+                if plans[name].rank:
+                    offsets[name] = jax.tree.map(partial(_take, index), products)
+            add_to_report(report, group, solution)
         else:
+            (name,) = group
             ranks = separate[name].task_ranks or ()
             own = solve_separate(readers[0](), ranks, np.asarray(weights), bits, roots.get(name))
-            if plan.rank:
-                found[name] = own.form
-            own_report.residuals[name], own_report.optima[name] = own.residual, own.optimum
-            own_report.energies[name] = own.energy
-        return found, own_report
-
-    # JAX keeps it for each thread; its type is not declared.
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-
-    def solve_on_device(group: Sequence[str]) -> tuple[dict[str, Form], FitReport]:
-        with jax.default_device(device):
-            return solve(group)
-
-    done = 0
-    everything = [*groups, *([name] for name in (*large, *separate))]
-    for group, (found, own_report) in ahead.in_order(solve_on_device, everything, is_small):
-        for name, form in found.items():
-            offsets[name] = form
-        for part in ("residuals", "optima", "energies", "spectra"):
-            getattr(report, part).update(getattr(own_report, part))
-        if file is not None and is_finished(group):
-            file.report_on(group, report)
-        elif file is not None:
+            if plans[name].rank:
+                offsets[name] = own.form
+            report.residuals[name], report.optima[name] = own.residual, own.optimum
+            report.energies[name] = own.energy
+        if file is not None and not is_finished:
             file.commit(group, report)
-        del found
         give_back_freed()
         done += len(group)
         if progress:
