@@ -43,7 +43,7 @@ _ROWS = 512
 _SQUARES = (1e-25, 1e25)
 
 
-Weighted = Callable[[], Iterator[tuple[range, jax.Array, jax.Array]]]
+Weighted = Callable[[], Iterator[tuple[range, jax.Array, np.ndarray]]]
 """A pass over the tasks: some of them, their offsets [c, a, b] and their weights [c], float32."""
 
 
@@ -138,12 +138,8 @@ def solve_parts(
       The solution, weighted, or None where it could not be certified.
     """
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        sums, size, probes = _no_sums(columns), 0, eigen.probes(columns)
-        for _, offsets, own in weighted():
-            size += offsets.size
-            # Of the tasks before: no more are held than are read meanwhile.
-            jax.block_until_ready(sums)
-            sums = _add_products(sums, _scale(offsets, own), probes)
+        probes = eigen.probes(columns)
+        sums, size = _sum_parts(weighted, columns, probes)
         energy = float(sums.energy)
         if not _SQUARES[0] < energy / size < _SQUARES[1]:
             return None
@@ -151,10 +147,11 @@ def solve_parts(
             [strip.astype(jnp.float32) for strip in sums.strips], sums.exact, probes
         )
         del sums
-        found = eigen.leading(gram, rank, TOLERANCE)
+        found = eigen.leading(jax.block_until_ready(gram), rank, TOLERANCE)
         if found is None:
             return None
         del gram
+        give_back_freed()
         shared, factors = jnp.zeros(()), jnp.zeros(())
         measured = _Measured(*(jnp.zeros((), jnp.float64) for _ in _Measured._fields))
         for part, offsets, own in weighted():
@@ -168,6 +165,17 @@ def solve_parts(
                 here.overlaps,
             )
         return _certify(factors[:0], shared, measured, found, energy, float(error), "float32")
+
+
+def _sum_parts(weighted: Weighted, columns: int, probes: np.ndarray) -> tuple["_Sums", int]:
+    """One pass: sums over all tasks, and how many entries they have."""
+    sums, size = _no_sums(columns), 0
+    for _, offsets, own in weighted():
+        size += offsets.size
+        # Of the tasks before: no more are held than are read meanwhile.
+        jax.block_until_ready(sums)
+        sums = _add_products(sums, _scale(offsets, own), probes)
+    return sums, size
 
 
 class _Measured(NamedTuple):
@@ -272,7 +280,7 @@ def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     return _Sums(strips, *add(stack[whole * step :], (exact, energy)))
 
 
-def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
+def _scale(values: jax.Array, weights: np.ndarray) -> jax.Array:
     """Multiplies each task's values by its weight."""
     return values * weights[:, None, None] if np.any(weights != 1) else values
 

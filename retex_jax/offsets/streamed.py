@@ -23,6 +23,8 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 """Of the range finder."""
 
+# Copies of some tasks' offsets: as they are read and turned, while those before are multiplied in strips.
+_HELD = 4
 _MULTIPLE = 8  # of tasks, so that codes of few bits end on a byte
 
 Read = Callable[[Sequence[int]], jax.Array]
@@ -51,9 +53,15 @@ class Streamed(NamedTuple):
 
 
 def chunks(num_tasks: int, task_bytes: int, stack_bytes: int, bits: int = 32) -> list[range]:
-    """Ranges of tasks whose offsets take at most so many bytes together, or of one; of eight below 8 bits."""
+    """Ranges of tasks that are held together: of so few that `_HELD` ranges' offsets take at most so many bytes.
+
+    They are of one task at least, of eight below 8 bits; and all of one size, which is compiled once, where one above
+    half of the largest divides T.
+    """
     multiple = _MULTIPLE if bits < 8 else 1
-    step = max(multiple, stack_bytes // task_bytes // multiple * multiple)
+    most = max(multiple, stack_bytes // (_HELD * task_bytes) // multiple * multiple)
+    sizes = range(most, most // 2, -multiple)
+    step = next((size for size in sizes if num_tasks % size == 0), most)
     return [range(start, min(start + step, num_tasks)) for start in range(0, num_tasks, step)]
 
 
@@ -92,10 +100,9 @@ def solve(
       The optimum.
     """
 
-    def weighted() -> Iterator[tuple[range, jax.Array, jax.Array]]:
+    def weighted() -> Iterator[tuple[range, jax.Array, np.ndarray]]:
         for part in parts:
-            own = jnp.asarray(weights[part.start : part.stop], jnp.float32)
-            yield part, read(part), own
+            yield part, read(part), np.asarray(weights[part.start : part.stop], np.float32)
 
     factors: list[np.ndarray] = []
 
