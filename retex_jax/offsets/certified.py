@@ -21,6 +21,7 @@ import numpy as np
 
 from retex_jax.buffers import give_back_freed
 from retex_jax.offsets import eigen
+from retex_jax.offsets.blocks import fold_rows
 
 TOLERANCE = 5e-5
 """The most by which the residual may exceed the reported optimum, relative."""
@@ -37,8 +38,6 @@ _MOST_SIDE = 8192
 _LEAST_PRODUCTS = 1 << 32
 # A Gram matrix below this side is computed whole.
 _LEAST_STRIPPED = 1024
-# Rows that are made float64 at once: they stay in the processor's cache.
-_ROWS = 512
 # The mean square of an entry whose float32 products neither vanish nor overflow.
 _SQUARES = (1e-25, 1e25)
 
@@ -158,7 +157,7 @@ def solve_parts(
             scaled = _scale(offsets, own)
             factors, shared, here = _project(scaled, found.vectors, rank, is_tall=True)
             put(part, _scale(factors, 1 / own))
-            jax.block_until_ready(measured)
+            del offsets, scaled  # What is put has been computed from them.
             measured = _Measured(
                 measured.residual + here.residual,
                 measured.captured + here.captured,
@@ -262,22 +261,17 @@ def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     columns = offsets.shape[-1]
     stack = offsets.reshape(-1, columns)
     starts = _starts(columns)
-    ends, step = [*starts[1:], columns], min(_ROWS, len(stack))
+    ends = [*starts[1:], columns]
     strips = [
         strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
         for strip, start, end in zip(sums.strips, starts, ends, strict=True)
     ]
 
-    def add(rows: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add(sums: tuple[jax.Array, jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = rows.astype(jnp.float64)
         return sums[0] + wide.T @ (wide @ probes), sums[1] + jnp.sum(wide**2)
 
-    def add_some(index: int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return add(jax.lax.dynamic_slice_in_dim(stack, index * step, step), sums)
-
-    whole = len(stack) // step
-    exact, energy = jax.lax.fori_loop(0, whole, add_some, (sums.exact, sums.energy))
-    return _Sums(strips, *add(stack[whole * step :], (exact, energy)))
+    return _Sums(strips, *fold_rows(add, (sums.exact, sums.energy), stack))
 
 
 def _scale(values: jax.Array, weights: np.ndarray) -> jax.Array:
