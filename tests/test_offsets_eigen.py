@@ -362,6 +362,7 @@ def test_a_proof_holds_two_matrices_at_most():
         )
     for program in programs:
         memory = program.compile().memory_analysis()
+        assert memory is not None
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         held += memory.output_size_in_bytes - memory.alias_size_in_bytes
         assert held <= 2.1 * float32 * size**2

@@ -1,5 +1,8 @@
 """Leaves of many experts that are solved a few tasks at a time, against the same in one stack."""
 
+import weakref
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +10,12 @@ import references
 from expert_sets import expert_set
 
 import retex_jax as rtx
+from retex_jax import tree
 from retex_jax.experts import ExpertSet
-from retex_jax.offsets import certified, exact, factor_file, streamed
+from retex_jax.offsets import certified, differences, exact, factor_file, streamed
+from retex_jax.offsets.blocks import fold_rows
 from retex_jax.offsets.coding import code, concatenate, dense
+from retex_jax.offsets.state import plan_leaves
 
 NUM_TASKS = 19
 _TINY = 1e-2  # of leaves so small, float32 certifies no more
@@ -159,3 +165,67 @@ def test_joined_codes_are_the_codes_of_the_whole(bits):
     np.testing.assert_array_equal(dense(joined), dense(whole))
     for one, other in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("num_tasks", "size"), [(32, 4), (128, 4), (1000, 5), (28, 7), (13, 7)])
+def test_parts_are_of_one_size_where_one_divides_the_tasks(num_tasks, size):
+    parts = streamed.chunks(num_tasks, 100, 4 * 700)
+    sizes = [len(part) for part in parts]
+    assert sizes[:-1] == [size] * (len(parts) - 1)
+    assert sizes[-1] == num_tasks % size or sizes[-1] == size
+
+
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_no_part_but_the_one_before_is_held_while_one_is_read(monkeypatch, precision):
+    monkeypatch.setattr(certified, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(certified, "TOLERANCE", _TINY)
+    drawn = np.random.default_rng(0).normal(size=(12, 40, 6)).astype(np.float32)
+    parts, held, before = streamed.chunks(12, 1, 16), [], []
+
+    def read(tasks):
+        before.append(sum(part() is not None for part in held))
+        part = jax.numpy.asarray(drawn[tasks.start : tasks.stop])
+        held.append(weakref.ref(part))
+        return part
+
+    streamed.solve(read, parts, (40, 6), 2, np.ones(12), max_gram=8, precision=precision)
+    again = 0 if precision == "auto" else 1
+    assert before == [0, 1, 1, 0, again, again]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_over_a_part_take_less_than_the_part(dtype):
+    shape = (2, 1 << 13, 64)
+    offsets, weights = (jax.ShapeDtypeStruct(size, np.float32) for size in (shape, shape[:1]))
+    with jax.enable_x64(True):
+        total = jax.ShapeDtypeStruct((), dtype)
+        gram = jax.ShapeDtypeStruct((64, 64), dtype)
+        shared = jax.ShapeDtypeStruct((4, 64), np.float32)
+        programs = [
+            streamed._add.lower(gram, total, offsets, weights),
+            streamed._project.lower(total, offsets, weights, shared, bits=32),
+        ]
+        for program in programs:
+            analysis = program.compile().memory_analysis()
+            assert analysis.temp_size_in_bytes < 4 * np.prod(shape)
+
+
+def test_sums_over_blocks_are_sums_over_all_rows():
+    stack = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
+    for rows in (1, 5, 23, 40):
+        total = fold_rows(lambda sums, some: sums + some.sum(axis=0), np.zeros(3), stack, rows=rows)
+        np.testing.assert_allclose(total, stack.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+def test_leaves_that_are_matrices_as_they_are_read_are_not_copied(experts, monkeypatch):
+    plan = next(iter(plan_leaves(experts.leaves, experts.layout, 2, "paper", "right").values()))
+    values = jax.numpy.zeros((2, 3, 4))
+    monkeypatch.setattr(differences, "vectors", lambda *_: values)
+    as_it_is = tree.MatrixView((0,), (1,))
+    for side, view in (("right", as_it_is), ("left", tree.MatrixView((1,), (0,)))):
+        found = differences.matrices(experts, {}, "a", replace(plan, view=view, orientation=side))
+        assert found is values
+    turned = differences.matrices(
+        experts, {}, "a", replace(plan, view=as_it_is, orientation="left")
+    )
+    assert turned.shape == (2, 4, 3)

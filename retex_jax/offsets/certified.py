@@ -21,6 +21,7 @@ import numpy as np
 
 from retex_jax.buffers import give_back_freed
 from retex_jax.offsets import eigen
+from retex_jax.offsets.blocks import fold_rows
 
 TOLERANCE = 5e-5
 """The most by which the residual may exceed the reported optimum, relative."""
@@ -37,13 +38,11 @@ _MOST_SIDE = 8192
 _LEAST_PRODUCTS = 1 << 32
 # A Gram matrix below this side is computed whole.
 _LEAST_STRIPPED = 1024
-# Rows that are made float64 at once: they stay in the processor's cache.
-_ROWS = 512
 # The mean square of an entry whose float32 products neither vanish nor overflow.
 _SQUARES = (1e-25, 1e25)
 
 
-Weighted = Callable[[], Iterator[tuple[range, jax.Array, jax.Array]]]
+Weighted = Callable[[], Iterator[tuple[range, jax.Array, np.ndarray]]]
 """A pass over the tasks: some of them, their offsets [c, a, b] and their weights [c], float32."""
 
 
@@ -141,12 +140,8 @@ def solve_parts(
       The solution, weighted, or None where it could not be certified.
     """
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        sums, size, probes = _no_sums(columns), 0, eigen.probes(columns)
-        for _, offsets, own in weighted():
-            size += offsets.size
-            # Of the tasks before: no more are held than are read meanwhile.
-            jax.block_until_ready(sums)
-            sums = _add_products(sums, _scale(offsets, own), probes)
+        probes = eigen.probes(columns)
+        sums, size = _sum_parts(weighted, columns, probes)
         energy = float(sums.energy)
         if not _SQUARES[0] < energy / size < _SQUARES[1]:
             return None
@@ -154,23 +149,35 @@ def solve_parts(
             [strip.astype(jnp.float32) for strip in sums.strips], sums.exact, probes
         )
         del sums
-        found = eigen.leading(gram, rank, TOLERANCE)
+        found = eigen.leading(jax.block_until_ready(gram), rank, TOLERANCE)
         if found is None:
             return None
         del gram
+        give_back_freed()
         shared, factors = jnp.zeros(()), jnp.zeros(())
         measured = _Measured(*(jnp.zeros((), jnp.float64) for _ in _Measured._fields))
         for part, offsets, own in weighted():
             scaled = _scale(offsets, own)
             factors, shared, here = _project(scaled, found.vectors, rank, is_tall=True)
             put(part, _scale(factors, 1 / own))
-            jax.block_until_ready(measured)
+            del offsets, scaled  # What is put has been computed from them.
             measured = _Measured(
                 measured.residual + here.residual,
                 measured.captured + here.captured,
                 here.overlaps,
             )
         return _certify(factors[:0], shared, measured, found, energy, float(error), "float32")
+
+
+def _sum_parts(weighted: Weighted, columns: int, probes: np.ndarray) -> tuple["_Sums", int]:
+    """One pass: sums over all tasks, and how many entries they have."""
+    sums, size = _no_sums(columns), 0
+    for _, offsets, own in weighted():
+        size += offsets.size
+        # Of the tasks before: no more are held than are read meanwhile.
+        jax.block_until_ready(sums)
+        sums = _add_products(sums, _scale(offsets, own), probes)
+    return sums, size
 
 
 class _Measured(NamedTuple):
@@ -260,7 +267,7 @@ def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     return _Sums(strips, *_add_exact((sums.exact, sums.energy), stack, probes))
 
 
-def _scale(values: jax.Array, weights: jax.Array) -> jax.Array:
+def _scale(values: jax.Array, weights: np.ndarray) -> jax.Array:
     """Multiplies each task's values by its weight."""
     return values * weights[:, None, None] if np.any(weights != 1) else values
 
@@ -288,18 +295,13 @@ def _products(offsets: jax.Array, probes: jax.Array, dtype: str) -> _Sums:
 def _add_exact(
     sums: tuple[jax.Array, jax.Array], stack: jax.Array, probes: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds products with `eigen.probes`, and squares, in float64, some rows at a time."""
-    step = min(_ROWS, len(stack))
+    """Adds products with `eigen.probes`, and squares, in float64."""
 
-    def add(rows: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add(sums: tuple[jax.Array, jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = rows.astype(jnp.float64)
         return sums[0] + wide.T @ (wide @ probes), sums[1] + jnp.sum(wide**2)
 
-    def add_some(index: int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return add(jax.lax.dynamic_slice_in_dim(stack, index * step, step), sums)
-
-    whole = len(stack) // step
-    return add(stack[whole * step :], jax.lax.fori_loop(0, whole, add_some, sums))
+    return fold_rows(add, sums, stack)
 
 
 @jax.jit

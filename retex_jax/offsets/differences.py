@@ -77,7 +77,10 @@ def _whole(experts: ExpertSet, base: FlatParams, name: str) -> jax.Array:
 
 def matrices(experts: ExpertSet, base: FlatParams, name: str, plan: LeafPlan) -> jax.Array:
     """D_t of one leaf, as matrices: [T, a, b], float32; transposed where S stands on the left."""
-    return _oriented(vectors(experts, base, name), plan.view, plan.orientation)
+    values, (rows, columns) = vectors(experts, base, name), plan.view
+    axes = (*rows, *columns) if plan.orientation == "right" else (*columns, *rows)
+    is_matrix = axes == (0, 1)
+    return values if is_matrix else _oriented(values, plan.view, plan.orientation)
 
 
 @partial(jax.jit, static_argnames=("view", "orientation"))

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retex_jax.offsets.blocks import ROWS, fold_rows
+
 MOST_DIRECT = 1024
 """The largest side of a matrix whose eigenvectors are all computed: iteration is not faster below."""
 
@@ -38,7 +40,6 @@ _MAX_ROUNDS = 12
 # By how much a filter may enlarge the first eigenvector over the last: what it leaves is to be above rounding.
 _GROWTH = {"float32": 1e7, "float64": 1e12}
 _LANCZOS = 12  # steps
-_ROWS = 512
 
 
 class Leading(NamedTuple):
@@ -127,20 +128,16 @@ def probes(size: int) -> np.ndarray:
 
 def multiply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """In float64, without a float64 copy of the matrix: [n, k], [k, m] to [n, m]."""
-    return jax.lax.map(lambda row: row.astype(jnp.float64) @ vectors, matrix, batch_size=_ROWS)
+    return jax.lax.map(lambda row: row.astype(jnp.float64) @ vectors, matrix, batch_size=ROWS)
 
 
 def _multiply_transposed(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
-    """A^T V in float64, some rows at a time, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
+    """A^T V in float64, without a transposed copy of A: [n, n], [n, k] to [n, k]."""
 
-    def product(start: jax.Array | int, rows: int) -> jax.Array:
-        own, beside = (jax.lax.dynamic_slice_in_dim(x, start, rows) for x in (matrix, vectors))
-        return own.astype(jnp.float64).T @ beside
+    def add(products: jax.Array, rows: jax.Array, beside: jax.Array) -> jax.Array:
+        return products + rows.astype(jnp.float64).T @ beside
 
-    step = min(_ROWS, len(matrix))
-    whole, rest = divmod(len(matrix), step)
-    last = product(whole * step, rest)
-    return jax.lax.fori_loop(0, whole, lambda i, sums: sums + product(i * step, step), last)
+    return fold_rows(add, jnp.zeros(vectors.shape, jnp.float64), matrix, vectors)
 
 
 def _bounds(values: np.ndarray, excess: np.ndarray, beta: float, rank: int) -> np.ndarray:

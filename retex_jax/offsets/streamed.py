@@ -16,6 +16,7 @@ import numpy as np
 
 from retex_jax.buffers import aligned_empty
 from retex_jax.offsets import certified
+from retex_jax.offsets.blocks import ROWS, fold_rows
 from retex_jax.offsets.certified import Weighted
 from retex_jax.offsets.coding import Coded, Stored, code, code_factors, concatenate, dense
 
@@ -23,6 +24,8 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 """Of the range finder."""
 
+# Copies of some tasks' offsets: as they are read and turned, while those before are multiplied in strips.
+_HELD = 4
 _MULTIPLE = 8  # of tasks, so that codes of few bits end on a byte
 
 Read = Callable[[Sequence[int]], jax.Array]
@@ -51,9 +54,15 @@ class Streamed(NamedTuple):
 
 
 def chunks(num_tasks: int, task_bytes: int, stack_bytes: int, bits: int = 32) -> list[range]:
-    """Ranges of tasks whose offsets take at most so many bytes together, or of one; of eight below 8 bits."""
+    """Ranges of tasks that are held together: of so few that `_HELD` ranges' offsets take at most so many bytes.
+
+    They are of one task at least, of eight below 8 bits; and all of one size, which is compiled once, where one above
+    half of the largest divides T.
+    """
     multiple = _MULTIPLE if bits < 8 else 1
-    step = max(multiple, stack_bytes // task_bytes // multiple * multiple)
+    most = max(multiple, stack_bytes // (_HELD * task_bytes) // multiple * multiple)
+    sizes = range(most, most // 2, -multiple)
+    step = next((size for size in sizes if num_tasks % size == 0), most)
     return [range(start, min(start + step, num_tasks)) for start in range(0, num_tasks, step)]
 
 
@@ -92,10 +101,9 @@ def solve(
       The optimum.
     """
 
-    def weighted() -> Iterator[tuple[range, jax.Array, jax.Array]]:
+    def weighted() -> Iterator[tuple[range, jax.Array, np.ndarray]]:
         for part in parts:
-            own = jnp.asarray(weights[part.start : part.stop], jnp.float32)
-            yield part, read(part), own
+            yield part, read(part), np.asarray(weights[part.start : part.stop], np.float32)
 
     factors: list[np.ndarray] = []
 
@@ -113,7 +121,7 @@ def solve(
     exactly = "float64" if precision == "auto" else precision
     with jax.enable_x64(exactly == "float64"), jax.default_matmul_precision("highest"):
         if columns <= max_gram:
-            shared, spectrum, energy = _by_gram(weighted, rank, exactly)
+            shared, spectrum, energy = _by_gram(weighted, columns, rank, exactly)
             optimum = spectrum[rank:].sum() if exactly == "float64" else jnp.nan
         else:
             shared, spectrum, energy = _by_range(weighted, columns, rank, exactly)
@@ -139,10 +147,10 @@ def solve(
 
 
 def _by_gram(
-    weighted: Weighted, rank: int, precision: str
+    weighted: Weighted, columns: int, rank: int, precision: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The shared factor, all squared singular values and the energy, in one pass."""
-    gram, energy = jnp.zeros((), precision), jnp.zeros((), precision)
+    gram, energy = (jnp.zeros(shape, precision) for shape in [(columns, columns), ()])
     for _, offsets, own in weighted():
         jax.block_until_ready(gram)  # of the tasks before: no more are held than are read meanwhile
         gram, energy = _add(gram, energy, offsets, own)
@@ -156,7 +164,8 @@ def _by_range(
     width = min(rank + OVERSAMPLING, columns)
     basis = jax.random.normal(jax.random.key(0), (columns, width), precision)
     for turn in range(POWER_ITERATIONS + 2):
-        image, gram, energy = (jnp.zeros((), precision) for _ in range(3))
+        shapes = [(columns, width), (width, width), ()]
+        image, gram, energy = (jnp.zeros(shape, precision) for shape in shapes)
         for _, offsets, own in weighted():
             jax.block_until_ready(image)
             image, gram, energy = _add_image(image, gram, energy, offsets, own, basis)
@@ -165,6 +174,12 @@ def _by_range(
     turned, spectrum = _leading(gram, rank)
     shared = jnp.matmul(turned.astype(precision), basis.T).astype(jnp.float32)
     return shared, spectrum[:rank], energy
+
+
+def _rows(offsets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The stack of some tasks, [c a, b], and its rows' weights, [c a, 1]."""
+    num_tasks, rows, columns = offsets.shape
+    return offsets.reshape(num_tasks * rows, columns), jnp.repeat(weights, rows)[:, None]
 
 
 @jax.jit
@@ -177,9 +192,14 @@ def _add_image(
     basis: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Adds some tasks to C Q, [b, w], to Q^T C Q, [w, w], and to the sum of squares."""
-    stack = (offsets * weights[:, None, None]).astype(image.dtype).reshape(-1, offsets.shape[-1])
-    projected = stack @ basis
-    return image + stack.T @ projected, gram + projected.T @ projected, energy + jnp.sum(stack**2)
+
+    def add(sums: tuple[jax.Array, ...], rows: jax.Array, scales: jax.Array):
+        wide = (rows * scales).astype(basis.dtype)
+        projected = wide @ basis
+        products = wide.T @ projected, projected.T @ projected, jnp.sum(wide**2)
+        return jax.tree.map(jnp.add, sums, products)
+
+    return fold_rows(add, (image, gram, energy), *_rows(offsets, weights))
 
 
 @jax.jit
@@ -187,9 +207,13 @@ def _add(
     gram: jax.Array, energy: jax.Array, offsets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Adds some tasks to the Gram matrix [b, b] and to the sum of squares."""
-    wide = (offsets * weights[:, None, None]).astype(gram.dtype)
-    stack = wide.reshape(-1, wide.shape[-1])
-    return gram + stack.T @ stack, energy + jnp.sum(wide**2)
+
+    def add(sums: tuple[jax.Array, jax.Array], rows: jax.Array, scales: jax.Array):
+        wide = (rows * scales).astype(gram.dtype)
+        return sums[0] + wide.T @ wide, sums[1] + jnp.sum(wide**2)
+
+    columns = offsets.shape[-1]
+    return fold_rows(add, (gram, energy), *_rows(offsets, weights), rows=max(ROWS, columns))
 
 
 @partial(jax.jit, static_argnames="rank")
@@ -204,9 +228,17 @@ def _project(
     residual: jax.Array, offsets: jax.Array, weights: jax.Array, shared: jax.Array, bits: int
 ) -> tuple[Stored, jax.Array]:
     """Factors of some tasks; their weighted squared error is added to the residual."""
-    wide, basis = offsets.astype(residual.dtype), shared.astype(residual.dtype)
-    own: Stored = (
-        (wide @ basis.T).astype(jnp.float32) if bits == 32 else code_factors(offsets, shared, bits)
-    )
-    error = wide - jnp.asarray(dense(own)).astype(wide.dtype) @ basis
-    return own, residual + jnp.sum((weights[:, None, None] * error) ** 2)
+    basis = shared.astype(residual.dtype)
+    stack, scales = _rows(offsets, weights)
+    if bits == 32:
+        factors = jax.lax.map(lambda row: row.astype(basis.dtype) @ basis.T, stack, batch_size=ROWS)
+        own: Stored = factors.astype(jnp.float32).reshape(*offsets.shape[:2], len(basis))
+    else:
+        own = code_factors(offsets, shared, bits)
+
+    def add(total: jax.Array, rows: jax.Array, scales: jax.Array, factors: jax.Array) -> jax.Array:
+        error = rows.astype(basis.dtype) - factors.astype(basis.dtype) @ basis
+        return total + jnp.sum((scales * error) ** 2)
+
+    factors = jnp.asarray(dense(own)).reshape(len(stack), -1)
+    return own, fold_rows(add, residual, stack, scales, factors)
