@@ -332,6 +332,26 @@ def identifiers() -> str:
     return table(header, rows).replace("---:", "---")
 
 
+def data_sets() -> str:
+    """The papers' vision data sets: size, licence and source."""
+    from retex_jax.data import DATA_SETS
+
+    rows = [
+        [
+            f"`{name}`",
+            f"{spec.num_classes or 'varies'}",
+            "; ".join(
+                filter(None, [f"{spec.num_test:,}" if spec.num_test else "", spec.size_note])
+            ),
+            spec.licence,
+            f"`{spec.where}`",
+        ]
+        for name, spec in DATA_SETS.items()
+    ]
+    header = ["data set", "classes", "test examples", "licence", "source"]
+    return table(header, rows).replace("---:", "---")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
@@ -347,6 +367,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         scaling,
         methods,
         identifiers,
+        data_sets,
     )
 }
 
