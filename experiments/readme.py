@@ -277,6 +277,27 @@ def benchmarks() -> str:
     )
 
 
+def pipeline() -> str:
+    """Images a second of the input pipeline beside those of the model that it feeds."""
+    path = "experiments/benchmarks/pipeline.json"
+    found = read(path)
+    kinds = {"jpeg_500x375": "JPEG, 500 x 375", "png_32x32": "PNG, 32 x 32"}
+    rows = [
+        [
+            shown,
+            *(f"{found[kind][figure]:.0f}" for figure in ("threads", "one_process", "processes")),
+            *(f"{found[kind][figure]:.1f}" for figure in ("model", "together")),
+            f"{found[kind]['pipeline_to_model']:.0f}",
+        ]
+        for kind, shown in kinds.items()
+    ]
+    header = ["files", "threads", "one process", "a process a core", "model", "together"]
+    return (
+        f"{table([*header, 'pipeline / model'], rows)}\n\nFrom `{path}`, commit `{found['commit']}`, "
+        f"{found['cores']} cores, which pipeline and model share."
+    )
+
+
 def scaling() -> str:
     """Time, memory and bytes of the closed form against the number of experts."""
     path = "experiments/results/scaling_num_tasks/results.json"
@@ -364,6 +385,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_routed,
         fronts,
         benchmarks,
+        pipeline,
         scaling,
         methods,
         identifiers,

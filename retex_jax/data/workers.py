@@ -40,7 +40,7 @@ for ignored in (signal.SIGINT, signal.SIGTERM):
 from retex_jax.data import workers
 workers.serve(*map(int, sys.argv[1:]))
 """
-# Of glibc: memory of decoded images is kept for the next one instead of going back to the system, which is a sixth faster.
+# Of glibc: memory of decoded images is kept for the next ones, not given back each time, which is a sixth faster.
 _MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
