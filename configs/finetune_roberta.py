@@ -2,10 +2,12 @@
 
     python -m retex_jax.finetune --config=configs/finetune_roberta.py --config.task=cola
 
-Needs `pip install 'retex_jax[language]'`. checkpoints/ holds FacebookAI/roberta-base, datasets/ GLUE; --dry_run names
-what is missing, with the command that gets it. The expert, a RobertaForSequenceClassification with its tokenizer, is
-written to checkpoints/own/roberta-base_TASK, where `--config=configs/roberta_base_glue8.py:own` looks for all eight.
-The same command goes on with a run that was stopped.
+Needs `pip install 'retex_jax[language]'`. checkpoints/ holds the pretrained model, datasets/ GLUE; --dry_run names what
+is missing, with the command that gets it. The same command goes on with a run that was stopped.
+
+Checkpoints: FacebookAI/roberta-base of the Hugging Face hub. The expert, a RobertaForSequenceClassification with its
+tokenizer, is written to checkpoints/own/roberta-base_TASK, where `--config=configs/roberta_base_glue8.py:own` looks for
+all eight.
 
 The papers do not state how their experts were made: they take public ones, whose folders are named as the code of
 MergeLM (arXiv:2311.03099) names them. The settings here are that code's, github.com/yule-BUAA/MergeLM,
@@ -16,10 +18,14 @@ models have no dropout, that batches are drawn by length (`finetune.bucket`; 1 d
 5000 examples are held out, and that MRPC and QQP choose by accuracy (there: the mean of accuracy and F1). A batch lies
 over all devices of the machine, so it is a multiple of them.
 
-Hardware: not run here, for want of weights and data; --dry_run says what it takes. MNLI's 10 epochs are 240 thousand
-steps, CoLA's 4.8 thousand. Expected: no figure, as other checkpoints have other ones; the public experts reach CoLA
-.6018, SST-2 .9404, MRPC .8922, STS-B .9063, QQP .9141, MNLI .8720, QNLI .9271, RTE .7906 (ReTeX, arXiv:2606.26902,
-Table 3).
+Hardware: one machine with an accelerator, 3.8 GB of memory on the device.
+
+Time: not measured, for want of weights and data. MNLI's 10 epochs are 240 thousand steps, CoLA's 4.8 thousand: 5.2e15
+operations of the model at full length, less than a minute at what an A100's data sheet has (3.12e14 a second in
+bfloat16), which batches of 16 do not reach. --dry_run says it for the machine at hand.
+
+Expected: no figure, as other checkpoints have other ones; the public experts reach CoLA .6018, SST-2 .9404, MRPC .8922,
+STS-B .9063, QQP .9141, MNLI .8720, QNLI .9271, RTE .7906 (ReTeX, arXiv:2606.26902, Table 3).
 """
 
 from ml_collections import ConfigDict

@@ -3,13 +3,20 @@
     python -m retex_jax.train --config=configs/roberta_base_glue8.py
 
 Needs `pip install 'retex_jax[hub,language]'`. checkpoints/ holds roberta-base and the experts, datasets/ holds GLUE;
---dry_run names what is missing, with the command that gets each. The experts' repository holds pickles: --dry_run says
-of each that it is to be written as safetensors. Hardware: not run here, as there is no network; 124M parameters a
-model, so 5 GB of host memory hold all of them, and one GPU evaluates them; --dry_run says in what memory and time.
-Sweeps: see configs/common.py. Test inputs are GLUE's whole validation sets (60 thousand), cut to 128 tokens as in the
-code that trained the experts (MergeLM).
+--dry_run names what is missing, with the command that gets each. Test inputs are GLUE's whole validation sets (60
+thousand), cut to 128 tokens as in the code that trained the experts (MergeLM). Sweeps: see configs/common.py.
 
-Expected, ReTeX (arXiv:2606.26902), Table 3, with the task known: individual experts CoLA .6018, SST-2 .9404, MRPC
+Checkpoints: FacebookAI/roberta-base and vanillaOVO/roberta_base_glue_ckpts of the Hugging Face hub, one folder a task,
+as MergeLM (arXiv:2311.03099) names them. The experts' repository holds pickles: --dry_run says of each that it is to be
+written as safetensors.
+
+Hardware: one machine with an accelerator, 4.5 GB of disk for the snapshots and 5.5 GB of memory on the device.
+
+Time: not measured, for want of the checkpoints and the data. 9.4e15 operations of the model at full length, which takes
+an A100 8 minutes by its data sheet (1.95e13 a second in float32); solving comes on top. --dry_run says both for the
+machine at hand.
+
+Expected: ReTeX (arXiv:2606.26902), Table 3, with the task known: individual experts CoLA .6018, SST-2 .9404, MRPC
 .8922, STS-B .9063, QQP .9141, MNLI .8720, QNLI .9271, RTE .7906, mean .8556 (the same in DTS, Table 2); Task Arithmetic
 .6665, TIES .6404, EMR .8018, ReTeX .8453. With the task unknown: Weight Averaging .5134, ReTeX .8145. The rank of that
 table is not stated; 256 is the paper's default. Matthews correlation for CoLA, the mean of Pearson's and Spearman's for

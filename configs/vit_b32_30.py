@@ -7,9 +7,16 @@ folder a data set, or what tensorflow-datasets prepared. --dry_run names what is
 gets it, and downloads nothing. The last ten experts have no public checkpoint that we know of: configs/finetune_clip.py
 makes each, in DIR/own/clip-vit-base-patch32_TASK, where they are looked for.
 
-Hardware: one machine; the snapshots take 10.5 GB on disk. Not run here, for want of the checkpoints and the data;
---dry_run says which memory and time it takes on the machine at hand. Sweeps of rank, d_emb and seeds: see
-configs/common.py.
+Checkpoints: openai/clip-vit-base-patch32 and tanganke/clip-vit-base-patch32_TASK of the Hugging Face hub, those of
+FusionBench (arXiv:2406.03280), for the first twenty tasks; own/clip-vit-base-patch32_TASK for the last ten.
+
+Hardware: one machine with an accelerator, 10.8 GB of disk for the snapshots and 4.3 GB of memory on the device.
+
+Time: not measured, for want of the checkpoints and the data. 1.5e16 operations of the model, without fruits-360, whose
+size depends on its version, at least 13 minutes of an A100 by its data sheet (1.95e13 a second in float32); decoding
+and solving come on top. --dry_run says both for the machine at hand.
+
+Sweeps of rank, d_emb and seeds: see configs/common.py.
 
 Expected: the paper reports, of its own checkpoints at rank 256, 93.1 for the individual experts, 59.1 for Weight
 Averaging, 92.9 recovered with the task known and 92.3 with the task unknown (ReTeX, arXiv:2606.26902, Table 2; %

@@ -6,9 +6,16 @@ DIR holds one snapshot folder a repository, as `hf download REPOSITORY --local-d
 folder a data set, or what tensorflow-datasets prepared. --dry_run names what is missing of both and the command that
 gets it, and downloads nothing.
 
-Hardware: one machine; the snapshots take 9.7 GB on disk. Not run here, for want of the checkpoints and the data;
---dry_run says which memory and time it takes on the machine at hand. Sweeps of rank, d_emb and seeds: see
-configs/common.py.
+Checkpoints: openai/clip-vit-large-patch14 and tanganke/clip-vit-large-patch14_TASK of the Hugging Face hub, those of
+FusionBench (arXiv:2406.03280).
+
+Hardware: one machine with an accelerator, 10.9 GB of disk for the snapshots and 7.0 GB of memory on the device.
+
+Time: not measured, for want of the checkpoints and the data. 9.9e16 operations of the model, at least 85 minutes of an
+A100 by its data sheet (1.95e13 a second in float32); decoding and solving come on top. --dry_run says both for the
+machine at hand.
+
+Sweeps of rank, d_emb and seeds: see configs/common.py.
 
 Expected: the paper reports, of its own checkpoints at rank 256, 95.9 for the individual experts, 79.6 for Weight
 Averaging and 95.2 with the task unknown (ReTeX, arXiv:2606.26902, Table 1; % accuracy). The public checkpoints are

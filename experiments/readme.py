@@ -277,6 +277,27 @@ def benchmarks() -> str:
     )
 
 
+def pipeline() -> str:
+    """Images a second of the input pipeline beside those of the model that it feeds."""
+    path = "experiments/benchmarks/pipeline.json"
+    found = read(path)
+    kinds = {"jpeg_500x375": "JPEG, 500 x 375", "png_32x32": "PNG, 32 x 32"}
+    rows = [
+        [
+            shown,
+            *(f"{found[kind][figure]:.0f}" for figure in ("threads", "one_process", "processes")),
+            *(f"{found[kind][figure]:.1f}" for figure in ("model", "together")),
+            f"{found[kind]['pipeline_to_model']:.0f}",
+        ]
+        for kind, shown in kinds.items()
+    ]
+    header = ["files", "threads", "one process", "a process a core", "model", "together"]
+    return (
+        f"{table([*header, 'pipeline / model'], rows)}\n\nFrom `{path}`, commit `{found['commit']}`, "
+        f"{found['cores']} cores, which pipeline and model share."
+    )
+
+
 def scaling() -> str:
     """Time, memory and bytes of the closed form against the number of experts."""
     path = "experiments/results/scaling_num_tasks/results.json"
@@ -332,6 +353,26 @@ def identifiers() -> str:
     return table(header, rows).replace("---:", "---")
 
 
+def data_sets() -> str:
+    """The papers' vision data sets: size, licence and source."""
+    from retex_jax.data import DATA_SETS
+
+    rows = [
+        [
+            f"`{name}`",
+            f"{spec.num_classes or 'varies'}",
+            "; ".join(
+                filter(None, [f"{spec.num_test:,}" if spec.num_test else "", spec.size_note])
+            ),
+            spec.licence,
+            f"`{spec.where}`",
+        ]
+        for name, spec in DATA_SETS.items()
+    ]
+    header = ["data set", "classes", "test examples", "licence", "source"]
+    return table(header, rows).replace("---:", "---")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
@@ -344,9 +385,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_routed,
         fronts,
         benchmarks,
+        pipeline,
         scaling,
         methods,
         identifiers,
+        data_sets,
     )
 }
 

@@ -130,7 +130,8 @@ def test_sizes_of_test_sets():
     assert estimate.num_test(tiny.settings_with(("data.max_test", 100)), "rte") == 100
     assert estimate.num_test(tiny.settings_with(("data.max_test", None)), "rte") == 277
     assert estimate.num_test(tiny.settings_with(("data.max_test", 100)), "dots") == 100
-    assert [data.num_test(name) for name in ("weather", "mmlu", "dots")] == [None, 14_042, None]
+    sizes = [data.num_test(name) for name in ("weather", "mmlu", "fruits-360", "dots")]
+    assert sizes == [1_372, 14_042, None, None]
 
 
 def test_lines(monkeypatch):

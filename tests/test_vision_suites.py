@@ -28,6 +28,7 @@ SUITES = [
     *(("l14", "large-patch14", count) for count in (8, 14, 20)),
 ]
 NAMES = ("cats-dogs", "intel-images", "beans")
+TOWERS = tuple(f"owner/{name}" for name in NAMES)
 CLASSES = ("first", "second", "third")
 WORDS = {name: f"class {i}" for i, name in enumerate(CLASSES)}  # of the tiny tokenizer
 
@@ -71,7 +72,7 @@ def small_config(root, names=NAMES):
     config.data.max_train = 60
     config.experts.root = str(root)
     config.experts.pretrained = "owner/base"
-    config.experts.repositories = tuple(f"owner/{name}" for name in names)
+    config.experts.repositories = TOWERS
     config.data_sets.root = str(root / "data")
     config.offsets.rank = 4
     return config
@@ -103,7 +104,7 @@ def write(root, source):
 
 @pytest.mark.parametrize("source", ["folder", "array_record", "parquet"])
 def test_run_on_stand_ins(tmp_path, data_sets, source):
-    clip_snapshots(tmp_path, NAMES)
+    clip_snapshots(tmp_path, TOWERS)
     write(tmp_path / "data", source)
     config = small_config(tmp_path)
     config.data_sets.workers = 2
@@ -136,7 +137,7 @@ def test_run_on_stand_ins(tmp_path, data_sets, source):
 
 
 def test_damaged_data_stop_a_run_before_any_work(tmp_path, data_sets):
-    clip_snapshots(tmp_path, NAMES)
+    clip_snapshots(tmp_path, TOWERS)
     write(tmp_path / "data", "folder")
     broken = tmp_path / "data/beans/test/third/third_1.png"
     broken.write_bytes(b"none")

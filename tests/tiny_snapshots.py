@@ -11,6 +11,7 @@ from retex_jax import models
 from retex_jax.convert.architectures import ARCHITECTURES
 from retex_jax.convert.export import export
 
+TOWERS = tuple(f"owner/{name}" for name in tiny.NAMES)
 WORDS = [
     "[PAD]",
     "[UNK]",
@@ -41,8 +42,8 @@ def shifted(params, seed, size=0.05):
     )
 
 
-def clip_snapshots(root, names=tiny.NAMES):
-    """A tiny CLIP, and a vision tower a task."""
+def clip_snapshots(root, towers=TOWERS, base="owner/base"):
+    """A tiny CLIP, and vision towers beside it."""
     vision = dataclasses.replace(
         models.CLIP_B32,
         image_size=8,
@@ -66,12 +67,12 @@ def clip_snapshots(root, names=tiny.NAMES):
     clip = models.Clip(vision, text)
     params = models.init_params(clip, jax.random.key(0))
     params = {**params, "logit_scale": np.float32(2.0)}
-    export(root / "owner/base", clip, params, ARCHITECTURES["CLIPModel"])
-    tokenizer(root / "owner/base")
+    export(root / base, clip, params, ARCHITECTURES["CLIPModel"])
+    tokenizer(root / base)
     tower = {name: leaf for name, leaf in params["vision"].items() if name != "projection"}
     model = models.ViT(dataclasses.replace(vision, projection_dim=None))
-    for seed, name in enumerate(names):
-        export(root / "owner" / name, model, shifted(tower, seed), ARCHITECTURES["CLIPVisionModel"])
+    for seed, name in enumerate(towers):
+        export(root / name, model, shifted(tower, seed), ARCHITECTURES["CLIPVisionModel"])
     return clip, params
 
 

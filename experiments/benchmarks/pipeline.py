@@ -9,7 +9,8 @@ model runs ("together_threads": by threads).
 
 The goal is that the pipeline is never the bottleneck: "pipeline_to_model", of processes, is to be 1 or more. What a
 faster device needs is "one_process" times its number of processes. On a CPU pipeline and model need the same cores, so
-"together" cannot exceed 1 / (1 / processes + 1 / model): "share" is how much of that it reaches. Writes
+"together" cannot exceed 1 / (1 / processes + 1 / model): "share" is how much of that it reaches. What only decodes goes
+over the files several times, as one time is too short to measure. Takes about three minutes on two cores; writes
 experiments/benchmarks/pipeline.json.
 """
 
@@ -42,14 +43,15 @@ def write_files(folder: Path, count: int, height: int, width: int, kind: str) ->
         made.save(folder / f"images/{i:04}.{kind}")
 
 
-def rate(count: int, run: Callable[[], object]) -> float:
-    """Images a second of one run."""
+def rate(count: int, run: Callable[[], object], passes: int = 1) -> float:
+    """Images a second of a run that is repeated."""
     started = time.perf_counter()
-    run()
-    return count / (time.perf_counter() - started)
+    for _ in range(passes):
+        run()
+    return passes * count / (time.perf_counter() - started)
 
 
-def measure(folder: Path, batch_size: int, repeats: int) -> dict[str, float]:
+def measure(folder: Path, batch_size: int, repeats: int, passes: int) -> dict[str, float]:
     """Medians of images a second, all in turn."""
     open_source = folders.read_folder(folder).parts["all"].images()
     count = len(list(folder.rglob("*.*")))
@@ -81,9 +83,9 @@ def measure(folder: Path, batch_size: int, repeats: int) -> dict[str, float]:
     run(pixels[:batch_size])  # compiles
     runs = [
         {
-            "threads": rate(count, lambda: decode(by_threads)),
-            "one_process": rate(count, lambda: decode(by_one)),
-            "processes": rate(count, lambda: decode(by_processes)),
+            "threads": rate(count, lambda: decode(by_threads), passes),
+            "one_process": rate(count, lambda: decode(by_one), passes),
+            "processes": rate(count, lambda: decode(by_processes), passes),
             "model": rate(count, lambda: run(pixels)),
             "together_threads": rate(count, lambda: run(by_threads)),
             "together": rate(count, lambda: run(by_processes)),
@@ -103,13 +105,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--passes", type=int, default=4, help="over the files, of what only decodes"
+    )
     flags = parser.parse_args()
-    results = {"commit": logging.commit(), "device": logging.device(), "cores": os.cpu_count()}
+    results = {
+        "commit": logging.commit(),
+        "device": logging.device(),
+        "cores": os.cpu_count(),
+        **vars(flags),
+    }
     kinds = {"jpeg_500x375": (375, 500, "jpg"), "png_32x32": (32, 32, "png")}
     for name, (height, width, kind) in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder), flags.images, height, width, kind)
-            found = measure(Path(folder), flags.batch_size, flags.repeats)
+            found = measure(Path(folder), flags.batch_size, flags.repeats, flags.passes)
         results[name] = found
         print(name, {key: round(value, 2) for key, value in found.items()})
         ratio = found["pipeline_to_model"]

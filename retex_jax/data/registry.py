@@ -8,6 +8,10 @@ single published one: DTD trains on the train and validation parts of its first 
 its ten partitions; EuroSAT is drawn at random as 21600 / 2700 / 2700, and RESISC45 has the lists of
 "remote sensing representations" (18900 / 6300 / 6300), or, without them, a random draw of that size. That code's own
 draw of EuroSAT was never published: ours is another one, of our seed.
+
+Licences are what the authors state, where we found that. "None found" is not a permission; what others state of a data
+set, such as the cards of the Hugging Face hub, the table of torchgeo and mteb, is named beside it. Pages of Kaggle
+could not be read: what is said of them comes from others who cite them.
 """
 
 from collections.abc import Mapping
@@ -29,14 +33,15 @@ class DataSet:
       name: as the public checkpoints have it.
       num_classes: 0 where it depends on the version.
       where: page or archive of the authors.
-      licence: "" where it is not known to us.
+      licence: of the authors, or that none was found, with what others state.
       tfds: name and configuration in tensorflow-datasets; "" if it has none.
       hub: OWNER/NAME or OWNER/NAME:CONFIGURATION on the Hugging Face hub; "" if we know of none that
         it offers as parquet.
       train: the splits of tfds and of the hub that are trained on.
       test: those that are tested on; () if all are in one, which is then split.
       shares: of the validation and the test part, where it is split here.
-      num_test: test examples as published or as split here; 0 where it is not known to us.
+      num_test: test examples as published or as split here; 0 where no one number is right.
+      size_note: what there is to say of `num_test`, where it depends on the source.
       readable: label of the source to words, where the label itself is none.
       templates: prompts with "{}" for the class.
       archives: that hold it as image folders, with published checksums; () if we know of none. What
@@ -46,13 +51,14 @@ class DataSet:
     name: str
     num_classes: int
     where: str
-    licence: str = ""
+    licence: str
     tfds: str = ""
     hub: str = ""
     train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     test: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shares: tuple[float, float] = (0.1, 0.2)
     num_test: int = 0
+    size_note: str = ""
     readable: Mapping[str, str] = field(default_factory=dict)
     templates: tuple[str, ...] = _PHOTO
     archives: tuple[Archive, ...] = ()
@@ -121,6 +127,7 @@ _ALL = (
         "sun397",
         397,
         "vision.princeton.edu/projects/2010/SUN",
+        "none found; mteb: not specified",
         num_test=19_850,
         tfds="sun397/standard-part1-120k",
         hub="tanganke/sun397",
@@ -131,6 +138,7 @@ _ALL = (
         "stanford-cars",
         196,
         "Krause et al., 3DRR 2013",
+        "none found; mteb: not specified",
         num_test=8_041,
         tfds="cars196",
         hub="tanganke/stanford_cars",
@@ -141,6 +149,7 @@ _ALL = (
         45,
         "Cheng et al., Proc. IEEE 2017; lists resisc45-{train,val,test}.txt of "
         "storage.googleapis.com/remote_sensing_representations",
+        "none found; torchgeo names none either",
         num_test=6_300,
         tfds="resisc45",
         hub="tanganke/resisc45",
@@ -188,6 +197,7 @@ _ALL = (
         "gtsrb",
         43,
         "benchmark.ini.rub.de",
+        "none found; a copy on the hub (bazyl/GTSRB) is put under GPL-3.0, mteb: not specified",
         num_test=12_630,
         hub="tanganke/gtsrb",
         readable={str(i): words for i, words in enumerate(_SIGNS)},
@@ -197,6 +207,7 @@ _ALL = (
         "mnist",
         10,
         "LeCun et al., 1998",
+        "none found; Keras states CC BY-SA 3.0, the card on the hub MIT",
         num_test=10_000,
         tfds="mnist",
         hub="ylecun/mnist",
@@ -219,6 +230,7 @@ _ALL = (
         "cifar100",
         100,
         "www.cs.toronto.edu/~kriz/cifar.html",
+        "none found; the card on the hub: unknown",
         num_test=10_000,
         tfds="cifar100",
         hub="tanganke/cifar100",
@@ -228,6 +240,7 @@ _ALL = (
         "stl10",
         10,
         "cs.stanford.edu/~acoates/stl10",
+        "none found; mteb: not specified; the images are ImageNet's",
         num_test=8_000,
         tfds="stl10",
         hub="tanganke/stl10",
@@ -237,6 +250,7 @@ _ALL = (
         "oxford_flowers102",
         102,
         "www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        "none found; mteb: not specified",
         num_test=6_149,
         tfds="oxford_flowers102",
         hub="dpdl-benchmark/oxford_flowers102",
@@ -273,6 +287,7 @@ _ALL = (
         "fer2013",
         7,
         "www.kaggle.com/datasets/msambare/fer2013",
+        "none found; copies on the hub state Apache-2.0 and MIT, mteb: not specified",
         num_test=7_178,
         readable={
             "angry": "angry",
@@ -289,6 +304,9 @@ _ALL = (
         "emnist_letters",
         26,
         "www.nist.gov/itl/products-and-services/emnist-dataset",
+        "none found; copies on the hub state MIT and CC BY 4.0",
+        num_test=20_800,
+        size_note="as the hub has it; 14,800 of tensorflow-datasets",
         tfds="emnist/letters",
         hub="tanganke/emnist_letters",
         readable={
@@ -301,6 +319,7 @@ _ALL = (
         "cifar10",
         10,
         "www.cs.toronto.edu/~kriz/cifar.html",
+        "none found; the card on the hub: unknown",
         num_test=10_000,
         tfds="cifar10",
         hub="tanganke/cifar10",
@@ -311,6 +330,7 @@ _ALL = (
         "food101",
         101,
         "data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        "scientific fair use; more is to be agreed with the owners of the pictures",
         num_test=25_250,
         tfds="food101",
         hub="ethz/food101",
@@ -333,6 +353,7 @@ _ALL = (
         "rendered-sst2",
         2,
         "github.com/openai/CLIP/blob/main/data/rendered-sst2.md",
+        "none found; mteb states MIT, the licence of the repository of CLIP",
         num_test=1_821,
         hub="nateraw/rendered-sst2",
         readable={"negative": "negative", "positive": "positive", "0": "negative", "1": "positive"},
@@ -353,6 +374,8 @@ _ALL = (
         "vegetables",
         15,
         "www.kaggle.com/datasets/misrakahmed/vegetable-image-dataset",
+        "none found",
+        num_test=3_000,
         templates=("a photo of a {}, a vegetable.", "a {} on the market."),
     ),
     DataSet(
@@ -360,13 +383,24 @@ _ALL = (
         8,
         "datasets.simula.no/kvasir",
         "research and education",
+        num_test=1_600,
+        size_note="a fifth of 8,000",
         templates=("an endoscopic image of {}.", "{} seen in the digestive tract."),
     ),
-    DataSet("intel-images", 6, "www.kaggle.com/datasets/puneet6060/intel-image-classification"),
+    DataSet(
+        "intel-images",
+        6,
+        "www.kaggle.com/datasets/puneet6060/intel-image-classification",
+        "none found",
+        num_test=3_000,
+    ),
     DataSet(
         "weather",
         11,
         "www.kaggle.com/datasets/jehanbhathena/weather-dataset",
+        "none found; others state CC0 1.0 of it",
+        num_test=1_372,
+        size_note="a fifth of 6,862",
         readable={"fogsmog": "fog or smog"},
         templates=("a photo of {}.", "weather with {}."),
     ),
@@ -374,6 +408,9 @@ _ALL = (
         "cats-dogs",
         2,
         "www.kaggle.com/c/dogs-vs-cats",
+        "none found; the card on the hub: unknown",
+        num_test=4_652,
+        size_note="a fifth of the 23,262 that tensorflow-datasets keeps of 25,000",
         tfds="cats_vs_dogs",
         test=_ONE,
         readable={"Cat": "cat", "Dog": "dog"},
@@ -383,6 +420,8 @@ _ALL = (
         8,
         "MangoLeafBD, doi.org/10.17632/hxsnvwty3r",
         "CC BY 4.0",
+        num_test=800,
+        size_note="a fifth of 4,000",
         readable={"Healthy": "no disease"},
         templates=("a photo of a mango leaf with {}.", "a leaf of a mango tree that has {}."),
     ),
@@ -403,12 +442,17 @@ _ALL = (
         "landscape",
         5,
         "www.kaggle.com/datasets/utkarshsaxenadn/landscape-recognition-image-dataset-12k-images",
+        "none found",
+        num_test=500,
         templates=("a photo of a {}.", "a landscape with a {}."),
     ),
     DataSet(
         "garbage",
         6,
         "www.kaggle.com/datasets/asdasdasasdas/garbage-classification",
+        "none found for the copy on Kaggle; its source, github.com/garythung/trashnet: MIT",
+        num_test=505,
+        size_note="a fifth of 2,527",
         readable={"trash": "other waste"},
         templates=("a photo of {} waste.", "a photo of {} to be thrown away."),
     ),
@@ -417,6 +461,7 @@ _ALL = (
         0,
         "www.kaggle.com/datasets/moltean/fruits",
         "CC BY-SA 4.0",
+        size_note="grows with each version, as the classes do: 22,688 of 131 in version 2020.05.18",
         templates=("a photo of a {}, a fruit or vegetable.", "a {} before a white background."),
     ),
 )

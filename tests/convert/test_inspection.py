@@ -33,7 +33,7 @@ def decoder(folder, **changes):
 
 
 def test_towers_fit_the_clip_that_they_are_of(tmp_path, capsys):
-    clip_snapshots(tmp_path, names=("a", "b"))
+    clip_snapshots(tmp_path, ("owner/a", "owner/b"))
     paths = [str(tmp_path / "owner" / name) for name in ("base", "a", "b")]
     assert program.main(["--check", *paths]) == 0
     printed = capsys.readouterr().out

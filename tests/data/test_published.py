@@ -48,6 +48,23 @@ def test_thirty_data_sets_in_the_papers_order():
         assert sum(spec.shares) < 1
 
 
+@pytest.mark.parametrize("name", registry.DATA_SETS)
+def test_every_data_set_has_a_licence_and_a_size(name):
+    """Or says that no licence was found, and why there is no size."""
+    spec = registry.DATA_SETS[name]
+    assert len(spec.licence) > 2 and spec.licence == spec.licence.strip()
+    assert spec.num_test > 0 or len(spec.size_note) > 20
+    assert spec.num_test < 50_000
+
+
+def test_sizes_of_what_is_split_here():
+    """A fifth of the examples, or a tenth, by the number that the registry names."""
+    for name, total in (("kvasir-v2", 8_000), ("cats-dogs", 23_262), ("eurosat", 27_000)):
+        spec = registry.DATA_SETS[name]
+        drawn = published.draw({"all": np.arange(total) % 10}, spec.shares, 0)
+        assert len(drawn["test"][1]) == spec.num_test
+
+
 @pytest.mark.parametrize("name", ["gtsrb", "emnist_letters", "svhn", "mnist", "cifar10", "stl10"])
 def test_numbers_have_words(name):
     spec = registry.DATA_SETS[name]

@@ -185,6 +185,22 @@ def test_signals_of_the_group_are_left_to_the_caller(workers, folder):
     assert workers.process_ids == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")
+def test_memory_is_kept_unless_the_caller_says_otherwise(monkeypatch):
+    def given():
+        made = Workers(1)
+        [pid] = made.process_ids
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        made.close()
+        return dict(entry.partition("=")[::2] for entry in entries)
+
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert int(given()["MALLOC_MMAP_THRESHOLD_"]) == 32 << 20
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000")
+    assert given()["MALLOC_MMAP_THRESHOLD_"] == "1000"
+
+
 def test_processes_end_when_closed():
     pool = Workers(2)
     running = [worker.process for worker in pool._all]
