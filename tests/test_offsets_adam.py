@@ -465,3 +465,23 @@ def test_loss_under_jit():
     assert float(jax.jit(generator.loss_fn)(params, targets, np.array([2, 0]))) == pytest.approx(
         want, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_gradient_is_that_of_the_squared_errors(is_split):
+    rng = np.random.default_rng(0)
+    targets = {0: jnp.asarray(rng.normal(size=(2, 3, 5, 7)), jnp.float32)}
+    params = generator.init_params(jax.random.key(0), [["a", "b"]], targets, {0: 4}, 2)
+    shared = params["groups"][0]["shared"]
+    params["groups"][0]["shared"] = jax.random.normal(jax.random.key(1), shared.shape)
+
+    def plain(params, tasks):
+        embeddings = params["embeddings"][tasks]
+        return jnp.sum((generator.predict(params, 0, embeddings) - targets[0][:, tasks]) ** 2)
+
+    with jax.default_matmul_precision("highest"):
+        for tasks in (jnp.arange(3), jnp.array([2])):
+            want = jax.value_and_grad(plain)(params, tasks)
+            found = jax.value_and_grad(generator.loss_fn)(params, targets, tasks, is_split)
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

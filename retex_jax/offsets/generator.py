@@ -190,16 +190,47 @@ def loss_fn(
         if not is_split:
             # Stacked vertically: contracting one axis (T a) is much faster on CPUs than two.
             offsets, factor = _stacked(offsets), _stacked(factor)
-        rows = "ta" if is_split else "n"
-        projected = jnp.einsum(f"g{rows}b,grb->g{rows}r", offsets, shared)
-        factor_gram = jnp.einsum(f"g{rows}r,g{rows}s->grs", factor, factor)
-        shared_gram = jnp.einsum("grb,gsb->grs", shared, shared)
-        squares.append(
-            jnp.sum(offsets**2)
-            - 2 * jnp.sum(projected * factor)
-            + jnp.sum(factor_gram * shared_gram)
-        )
+        squares.append(_squared_error("ta" if is_split else "n", factor, shared, offsets))
     return jnp.stack(squares).sum()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _squared_error(
+    rows: str, factor: jax.Array, shared: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """||D - G S||^2 of a group of leaves, without G S; its gradient takes no product twice.
+
+    Args:
+      rows: the axes of the rows, "n" or "ta".
+      factor: G, [G, *rows, r].
+      shared: S, [G, r, b].
+      offsets: D, [G, *rows, b]; no gradient is taken by it.
+    """
+    return _with_residuals(rows, factor, shared, offsets)[0]
+
+
+def _with_residuals(
+    rows: str, factor: jax.Array, shared: jax.Array, offsets: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    projected = jnp.einsum(f"g{rows}b,grb->g{rows}r", offsets, shared)
+    shared_gram = jnp.einsum("grb,gsb->grs", shared, shared)
+    error = jnp.einsum(f"g{rows}r,grs->g{rows}s", factor, shared_gram) - projected
+    value = jnp.sum(offsets**2) + jnp.sum((error - projected) * factor)
+    return value, (factor, shared, offsets, error)
+
+
+def _gradient(
+    rows: str, residuals: tuple[jax.Array, ...], scale: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    """2 (G S - D) S^T and 2 G^T (G S - D)."""
+    factor, shared, offsets, error = residuals
+    factor_gram = jnp.einsum(f"g{rows}r,g{rows}s->grs", factor, factor)
+    back = jnp.einsum("grs,gsb->grb", factor_gram, shared)
+    back -= jnp.einsum(f"g{rows}r,g{rows}b->grb", factor, offsets)
+    return 2 * scale * error, 2 * scale * back, None
+
+
+_squared_error.defvjp(_with_residuals, _gradient)
 
 
 def _stacked(matrices: jax.Array) -> jax.Array:
