@@ -1,7 +1,8 @@
 """Processes that decode images.
 
-Threads that decode wait for each other, whatever Pillow does without the interpreter's lock: two of them are little
-faster than one (experiments/benchmarks/pipeline.py). So each process here opens the sources anew and decodes its part
+Threads that decode share the interpreter's lock for all that Pillow does not do without it: of small files two
+processes decode half as many again as two threads, of photographs as many (experiments/benchmarks/pipeline.py). They
+leave the lock to the caller's own work besides. So each process here opens the sources anew and decodes its part
 of a batch into memory that it shares with the caller; only positions and errors are sent.
 
 The processes are programs of their own, not multiprocessing's, which would import the caller's main module again, and
