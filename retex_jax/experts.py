@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from retex_jax import tree
-from retex_jax.buffers import aligned_empty, scratch
+from retex_jax.buffers import aligned_empty, read_ahead, scratch
 from retex_jax.lora.source import LoraSource
 from retex_jax.sources import (
     SafetensorsSource,
@@ -288,6 +288,14 @@ class ExpertSet:
     def expert(self, name: str, task: int) -> Array:
         """One leaf of one expert: [*shape], its own dtype."""
         return self._experts[task].read(name)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Has the system read leaves of all experts from the disk meanwhile, where they are mapped files."""
+        for name in names:
+            for source in self._experts:
+                leaf = mapped(source, name)
+                if leaf is not None:
+                    read_ahead(leaf)
 
     def stacked(self, name: str, part: slice | None = None) -> Array:
         """One leaf of all experts, float32 (float leaves): [T, *shape].

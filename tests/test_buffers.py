@@ -1,8 +1,10 @@
-"""Memory that was freed goes back to the system."""
+"""Memory that was freed goes back to the system, and files are read ahead."""
 
+import mmap
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from retex_jax import buffers
@@ -33,3 +35,13 @@ def test_freed_memory_is_given_back():
 def test_without_such_a_c_library_nothing_happens(monkeypatch):
     monkeypatch.setattr(buffers, "_trim", None)
     buffers.give_back_freed()
+
+
+def test_what_is_read_ahead_is_as_it_was(tmp_path):
+    path, content = tmp_path / "file", np.random.default_rng(0).bytes(3 * mmap.PAGESIZE)
+    path.write_bytes(content)
+    mapped = np.memmap(path, np.uint8, mode="r")
+    for part in (mapped, mapped[100:9000], mapped[:0]):
+        buffers.read_ahead(part)
+    buffers.read_ahead(np.arange(3))  # not mapped
+    assert mapped.tobytes() == content

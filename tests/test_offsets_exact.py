@@ -6,9 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import references
+import safetensors.numpy
 from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
+from retex_jax import buffers
 from retex_jax.offsets import exact
 from retex_jax.offsets import state as state_module
 
@@ -530,3 +532,29 @@ def test_sharded_equals_one_device(place_on_8_devices):
         assert_close(
             references.flat(RETEX.recover(found, task)), references.flat(RETEX.recover(want, task))
         )
+
+
+def test_the_next_leaves_are_read_ahead(tmp_path, monkeypatch):
+    shapes = {name: (4 + index, 6) for index, name in enumerate("abc")}
+    paths = []
+    for task in range(3):
+        rng = np.random.default_rng(task)
+        leaves = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+        paths.append(tmp_path / f"{task}.safetensors")
+        safetensors.numpy.save_file(leaves, paths[-1])
+    events = []
+    for name in ("read_ahead", "stacked"):
+        call = getattr(rtx.ExpertSet, name)
+
+        def spy(self, names, *part, call=call, name=name):
+            events.append((name, *names))
+            return call(self, names, *part)
+
+        monkeypatch.setattr(rtx.ExpertSet, name, spy)
+    experts = rtx.ExpertSet.from_safetensors(paths[0], paths[1:])
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    state = RETEX.fit(experts, base=base, rank=2)
+    for name, following in ("ab", "bc"):
+        assert events.index(("read_ahead", following)) < events.index(("stacked", name))
+    monkeypatch.setattr(buffers, "_advise", None)
+    assert RETEX.fit(experts, base=base, rank=2).report.residuals == state.report.residuals
