@@ -558,3 +558,6 @@ def test_the_next_leaves_are_read_ahead(tmp_path, monkeypatch):
         assert events.index(("read_ahead", following)) < events.index(("stacked", name))
     monkeypatch.setattr(buffers, "_advise", None)
     assert RETEX.fit(experts, base=base, rank=2).report.residuals == state.report.residuals
+    events.clear()
+    RETEX.fit(experts, base=base, rank=2, stack_bytes=1)  # a few tasks at a time
+    assert not [event for event in events if event[0] == "read_ahead" and len(event) > 1]

@@ -223,10 +223,12 @@ def fit(
     groups = tree.groups(keys, lambda key: max(1, group_bytes // (entry_bytes * prod(key[0]))))
 
     done = 0
+    finished = frozenset() if file is None else frozenset(file.finished)
     everything = [*groups, *([name] for name in (*large, *separate))]
     for group, following in zip(everything, [*everything[1:], []], strict=True):
-        experts.read_ahead(following)
-        is_finished = file is not None and file.finished.issuperset(group)
+        # Not those of many experts, which might not fit the page cache.
+        experts.read_ahead(set(following) - set(large) - finished)
+        is_finished = finished.issuperset(group)
         readers = [
             partial(differences.matrices, experts, base, name, plans[name]) for name in group
         ]
