@@ -9,7 +9,7 @@ from papers import Entry
 
 def curves(config: papers.ConfigDict) -> papers.Curves:
     """DTS-D as in the paper, over TIES and over Weight Averaging, and DTS-T."""
-    ratios = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    ratios = (0.05, 0.1, 0.2, 0.5, 1.0)
     forms = {
         "DTS-D": Entry("dts_d"),
         "DTS-D from Weight Averaging": Entry("dts_d", {"base": "weight_average"}),

@@ -1,8 +1,9 @@
 """What the scripts of the papers' tables and figures share: suites, rows, CSV files, pictures and their list.
 
-A script names rows (`Entry`: method, options, and the model that differences are taken from). Those that the workdir of
-the suite does not hold are fitted and evaluated by `retex_jax.compare`, on experts of each seed; all scripts share that
-workdir, so that a row is made once. Accuracies are of the test splits, with the task known.
+A script names rows (`Entry`: method, options, and the model that differences are taken from). Those that the workdir
+does not hold are fitted and evaluated by `retex_jax.compare`, on experts of each seed; all scripts share the workdir, so
+that a row is made once. That of `ROWS` is part of the repository: from its rows a table is made again without an expert,
+and another seed adds its own to them. Accuracies are of the test splits, with the task known.
 
 ReTeX is arXiv:2606.26902; DTS is "Stay Unique, Stay Efficient: Preserving Model Personality in Multi-Task Merging".
 """
@@ -31,6 +32,7 @@ from retex_jax.unseen.__main__ import evaluate_unseen  # noqa: E402
 from retex_jax.variants import Entry  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/papers"
+ROWS = RESULTS / "rows"
 INDEX = ROOT / "experiments/README.md"
 SEEDS = [0, 1, 2]
 
@@ -68,8 +70,9 @@ def budgeted(fraction: float) -> Entry:
 
 
 def ranks(config: ConfigDict) -> list[int]:
-    """Powers of two up to the suite's rank."""
-    return [2**n for n in range(12) if 2**n <= config.offsets.rank]
+    """Powers of four below the suite's rank, and it."""
+    most = config.offsets.rank
+    return [*(4**n for n in range(7) if 4**n < most), most]
 
 
 def load(suite: str) -> ConfigDict:
@@ -186,8 +189,6 @@ def pairs(
 def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
     """Makes a table of what `retex_jax.identify` finds, on experts of each seed.
 
-    What lies in the workdir is taken as it is, if it is of these experts.
-
     Args:
       script: path of the script, whose docstring says what it shows.
       rows: content of its results.json to what is said of a row, column and number; where all columns are numbers
@@ -196,11 +197,6 @@ def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = N
     """
 
     def run(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
-        path = workdir / "results.json"
-        if path.is_file():
-            known = files.read_json(path)
-            if known["checkpoint_set"] == experiment.checkpoint_set(command_line.as_dict(config)):
-                return known
         most = config.identifier.num_calibration
         config.identify.calibration_sizes = tuple(2**n for n in range(5, 12) if 2**n <= most)
         return identify(config, workdir)
@@ -209,10 +205,7 @@ def identified(script: str, rows: FoundRows, arguments: Sequence[str] | None = N
 
 
 def transferred(script: str, rows: FoundRows, arguments: Sequence[str] | None = None) -> None:
-    """Makes a table of what `retex_jax.unseen` finds, on experts of each seed; as `identified`.
-
-    A run that was stopped goes on.
-    """
+    """Makes a table of what `retex_jax.unseen` finds, on experts of each seed; as `identified`."""
     programmed(script, rows, "unseen", evaluate_unseen, arguments)
 
 
@@ -224,6 +217,8 @@ def programmed(
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Makes a table of what a program finds, on experts of each seed.
+
+    What lies in the workdir is taken as it is, if it is of these experts and no part of it failed or is missing.
 
     Args:
       script: path of the script, whose docstring says what it shows.
@@ -237,8 +232,8 @@ def programmed(
     for seed in args.seeds or [0]:
         config = load(args.suite)
         config.seed = seed
-        results = run(config, args.workdir / f"{args.suite}_{name}/seed_{seed}")
-        repeats.append(rows(results))
+        workdir = args.workdir / f"{args.suite}_{name}/seed_{seed}"
+        repeats.append(rows(_finished(config, workdir) or run(config, workdir)))
     first = repeats[0]
     columns = list(dict.fromkeys(column for row in first.values() for column in row))
     means = {
@@ -252,6 +247,18 @@ def programmed(
     ]
     picture = pictures.columns(means, Path(script).stem)
     _save(script, args, started, [["row", *columns, "seeds"], *lines], picture)
+
+
+def _finished(config: ConfigDict, workdir: Path) -> Mapping[str, Any] | None:
+    """What a program left in its workdir, if it ended and was of these experts."""
+    path, settings = workdir / "results.json", command_line.as_dict(config)
+    if not path.is_file():
+        return None
+    known = files.read_json(path)
+    parts = [split["rows"].keys() for split in known.get("splits", ())]
+    is_whole = not known.get("failed") and all(part == parts[0] for part in parts)
+    is_ours = known["checkpoint_set"] == experiment.checkpoint_set(settings)
+    return known if is_whole and is_ours else None
 
 
 def _make(
@@ -283,6 +290,8 @@ def _compared(
 ) -> tuple[pictures.Points, Mapping[str, Any]]:
     """The rows of what is planned, of experts of all seeds, and the content of results.json."""
     config.expert_seeds = tuple(args.seeds)
+    if args.seeds:
+        config.num_seeds = 1  # of what is random besides
     chosen = [(label, at, _configured(entry, config)) for label, at, entry in planned]
     entries = {entry.name: entry for _, _, entry in chosen}
     workdir = args.workdir / f"{args.suite}_papers" / part
@@ -323,9 +332,8 @@ def _save(
     if args.out == RESULTS:
         shows = _docstring(script).splitlines()[0]
         command = f"python experiments/{name}.py --suite={args.suite}"
-        if args.seeds not in ([], SEEDS):
-            command += f" --seeds {' '.join(map(str, args.seeds))}"
-        _list(command, shows, time.perf_counter() - started)
+        seeds = "" if args.seeds in ([], SEEDS) else f" --seeds {' '.join(map(str, args.seeds))}"
+        _list(command, seeds, shows, time.perf_counter() - started)
 
 
 def _docstring(script: str) -> str:
@@ -355,7 +363,7 @@ def _parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the experts, 0 1 2 where none are given; experts that are snapshots have none",
     )
     parser.add_argument(
-        "--workdir", type=Path, default=Path("workdirs"), help="where rows are kept"
+        "--workdir", type=Path, default=ROWS, help="where rows are kept"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="receives SUITE/NAME.csv and .svg"
@@ -398,13 +406,13 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _list(command: str, shows: str, seconds: float) -> None:
-    """Enters the run into experiments/README.md, in place of an earlier one."""
-    line = f"| `{command}` | {seconds / 60:.1f} min | {shows} |"
+def _list(command: str, seeds: str, shows: str, seconds: float) -> None:
+    """Enters the run into experiments/README.md, in place of an earlier one of whatever seeds."""
+    line = f"| `{command}{seeds}` | {seconds / 60:.1f} min | {shows} |"
     before, lines, after = re.split(
         r"(?<=<!-- begin runs -->\n)|(?=<!-- end runs -->)", INDEX.read_text(encoding="utf-8")
     )
     header, kept = lines.splitlines()[:2], lines.splitlines()[2:]
-    kept = [known for known in kept if not known.startswith(f"| `{command}` |")]
+    kept = [known for known in kept if not known.startswith((f"| `{command}`", f"| `{command} "))]
     body = "\n".join([*header, *sorted([*kept, line])])
     INDEX.write_text(f"{before}{body}\n{after}", encoding="utf-8")

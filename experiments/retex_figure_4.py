@@ -10,7 +10,8 @@ from papers import retex
 def curves(config: papers.ConfigDict) -> papers.Curves:
     """From T - 1 embeddings on it is the closed form: differences from Weight Averaging sum to zero."""
     rank = config.offsets.rank
-    sizes = range(1, len(config.tasks) + 1)
+    count = len(config.tasks)
+    sizes = sorted({*(2**n for n in range(8) if 2**n < count), count - 1, count})
     return {f"ReTeX, rank {rank}": {size: retex(rank=rank, d_emb=size) for size in sizes}}
 
 

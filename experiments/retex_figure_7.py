@@ -13,17 +13,14 @@ from typing import Any
 import jax
 import papers
 
-from retex_jax import artifact, collection, command_line, experiment, files, logging, offsets
+from retex_jax import artifact, collection, command_line, experiment, logging, offsets
 
 CHUNKS = 32
 
 
 def learn(config: papers.ConfigDict, workdir: Path) -> Mapping[str, Any]:
     """Fits the affine form, and writes gamma of every matrix leaf, the mean over tasks, after every chunk of steps."""
-    settings, path = command_line.as_dict(config), workdir / "results.json"
-    experts_of = experiment.checkpoint_set(settings)
-    if path.is_file() and (known := files.read_json(path))["checkpoint_set"] == experts_of:
-        return known
+    settings = command_line.as_dict(config)
     experiment.start()
     experiment.fetch(settings, announce=logging.info)
     collected = collection.collect(settings, *experiment.load(settings))
@@ -42,9 +39,10 @@ def learn(config: papers.ConfigDict, workdir: Path) -> Mapping[str, Any]:
             **{**spec["adam"], "chunk_steps": chunk, "checkpoint_every": chunk},
         )
     gammas = {name: x.mean(axis=1).tolist() for name, x in state.report.gammas.items()}
+    experts_of = experiment.checkpoint_set(settings)
     results = {"checkpoint_set": experts_of, "chunk_steps": chunk, "gammas": gammas}
     workdir.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(path, results)
+    artifact.write_json(workdir / "results.json", results)
     return results
 
 

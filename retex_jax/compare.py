@@ -10,8 +10,8 @@ each of these seeds, and the table is of the means.
 
 The workdir (workdirs/NAME_compare by default) receives results.json after every method, and report.html with the
 plot of accuracy against bytes. A run that was stopped goes on where it was: rows in results.json that are of the same
-experts, data, options and seeds are kept, whatever the commit. A method that fails is reported with its error, and
-the rest go on; the exit status is then 1.
+experts, data, options and seeds are kept, whatever the commit; where nothing is left to fit, neither data nor
+experts are read. A method that fails is reported with its error, and the rest go on; the exit status is then 1.
 """
 
 import json
@@ -145,23 +145,31 @@ def _compare(
     settings: experiment.Settings, workdir: Path, entries: Sequence[Entry]
 ) -> dict[str, Any]:
     """Compares on the experts of one seed."""
-    experiment.start()
-    clock = logging.Clock()
+    path = workdir / "results.json"
     with logging.WorkdirLock(workdir):
-        with clock("load"):
-            experiment.fetch(settings, announce=logging.info)
-            backbone, tasks = experiment.load(settings)
-        with clock("experts"):
-            collected = collection.collect(settings, backbone, tasks)
-        bench = Bench(settings, backbone, tasks, collected, clock)
-        path = workdir / "results.json"
         rows, searches = previous(path, entries, settings)
-        failed = _fit_all(bench, entries, rows, searches, path)
-        if not rows:
-            raise ValueError(f"methods: all failed: {failed}")
-        results = _results(bench, entries, rows, searches, failed)
+        if rows and all(entry.name in rows for entry in entries):
+            results = _results(files.read_json(path), entries, rows, searches, {})
+        else:
+            bench = _load(settings)
+            failed = _fit_all(bench, entries, rows, searches, path)
+            if not rows:
+                raise ValueError(f"methods: all failed: {failed}")
+            results = _results(_about(bench), entries, rows, searches, failed)
         _report(workdir, settings, results)
     return results
+
+
+def _load(settings: experiment.Settings) -> Bench:
+    """Data, models and experts."""
+    experiment.start()
+    clock = logging.Clock()
+    with clock("load"):
+        experiment.fetch(settings, announce=logging.info)
+        backbone, tasks = experiment.load(settings)
+    with clock("experts"):
+        collected = collection.collect(settings, backbone, tasks)
+    return Bench(settings, backbone, tasks, collected, clock)
 
 
 def _report(workdir: Path, settings: experiment.Settings, results: dict[str, Any]) -> None:
@@ -256,7 +264,8 @@ def _fit_all(
                 logging.warning(f"{entry.name} failed: {failed[entry.name]}")
             done += sizes[entry.name]
             if rows:
-                artifact.write_json(path, _results(bench, entries, rows, searches, failed))
+                results = _results(_about(bench), entries, rows, searches, failed)
+                artifact.write_json(path, results)
     return failed
 
 
@@ -264,16 +273,9 @@ def _show(bar: logging.Progress, start: int, method: str, count: int, **shown: s
     bar.update(start + count, method=method, **shown)
 
 
-def _results(
-    bench: Bench,
-    entries: Sequence[Entry],
-    rows: Mapping[str, Any],
-    searches: Mapping[str, Any],
-    failed: Mapping[str, str],
-) -> dict[str, Any]:
-    """The content of results.json, with rows in the order of the plan."""
-    order = dict.fromkeys([*(entry.name for entry in entries), *rows])
-    results = {
+def _about(bench: Bench) -> dict[str, Any]:
+    """What results.json says of the run as a whole."""
+    return {
         "schema": 1,
         "commit": logging.commit(),
         "checkpoint_set": experiment.checkpoint_set(bench.settings),
@@ -283,10 +285,24 @@ def _results(
         "tasks": list(bench.collected.heads),
         "individual": bench.suite.individual,
         "linear_probe": bench.collected.linear_probe,
+        "seconds": dict(bench.clock.seconds),
+    }
+
+
+def _results(
+    about: Mapping[str, Any],
+    entries: Sequence[Entry],
+    rows: Mapping[str, Any],
+    searches: Mapping[str, Any],
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """The content of results.json, with rows in the order of the plan; `about` is as `_about` or an earlier content."""
+    order = dict.fromkeys([*(entry.name for entry in entries), *rows])
+    results = {
+        **about,
         "rows": [rows[name] for name in order if name in rows],
         "searches": {name: searches[name] for name in order if name in searches},
         "failed": dict(failed),
-        "seconds": dict(bench.clock.seconds),
     }
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
     return {**results, _HASH: files.json_hash([results["rows"], results["searches"]])}
