@@ -9,7 +9,7 @@ unseen tasks are the same for every row. Table 6, other approximations under DTS
 from collections.abc import Mapping
 from typing import Any
 
-import papers
+import paper_programs
 
 
 def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -21,4 +21,4 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    papers.transferred(__file__, rows)
+    paper_programs.transferred(__file__, rows)

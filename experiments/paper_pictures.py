@@ -48,8 +48,14 @@ def ends(found: Mapping[str, Mapping[str, float]], own: float, title: str) -> st
         return canvas.to_svg(fig, title)
 
 
-def columns(means: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """A curve a row where columns are numbers; else a mark a column on a line a row."""
+def columns(means: Mapping[str, Mapping[str, float]], title: str, unit: str | None = None) -> str:
+    """A curve a row where columns are numbers; else a mark a column on a line a row.
+
+    Args:
+      means: what is said of a row, column and number.
+      title: of the document.
+      unit: what is said of the numbers, which then are on a logarithmic axis; None: they are fractions.
+    """
     names = list(dict.fromkeys(column for row in means.values() for column in row))
     curves = all(column.isdecimal() for column in names)
     with canvas.figure(14 * len(means) + (230 if curves else 90)) as fig:
@@ -59,8 +65,10 @@ def columns(means: Mapping[str, Mapping[str, float]], title: str) -> str:
                 color = canvas.PALETTE[index % len(canvas.PALETTE)]
                 at = [int(column) for column in row]
                 ax.plot(at, list(row.values()), marker="o", markersize=4, color=color, label=label)
-            ax.set_xscale("log")
-            ax.set_xticks([int(column) for column in names], names)
+            places = [int(column) for column in names]
+            if max(places) > 8 * min(places):
+                ax.set_xscale("log")
+            ax.set_xticks(places, names)
             ax.minorticks_off()
             canvas.percent_axis(ax.yaxis)
         else:
@@ -71,7 +79,11 @@ def columns(means: Mapping[str, Mapping[str, float]], title: str) -> str:
                 ax.plot(at, range(len(at)), label=column, **style)
             ax.set_yticks(range(len(means)), [canvas.short(label, 40) for label in means])
             ax.set_ylim(len(means) - 0.5, -0.5)
-            canvas.percent_axis(ax.xaxis)
+            if unit is None:
+                canvas.percent_axis(ax.xaxis)
+            else:
+                ax.set_xscale("log")
+                ax.set_xlabel(unit)
         ax.grid()
         fig.legend(loc="outside upper left", ncols=3)
         return canvas.to_svg(fig, title)

@@ -8,7 +8,7 @@ Of every kind of identifier the layers and options that are best on validation i
 from collections.abc import Mapping
 from typing import Any
 
-import papers
+import paper_programs
 
 
 def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -21,4 +21,4 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    papers.identified(__file__, rows)
+    paper_programs.identified(__file__, rows)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import paper_output
+import paper_programs
 import papers
 
 from retex_jax import artifact, collection, command_line, experiment, logging, offsets
@@ -56,7 +58,7 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     counts = [2**n for n in range(12) if 2**n <= min(map(len, results["gammas"].values()))]
     return {
         kind: {
-            str(count * results["chunk_steps"]): papers.mean([one[count - 1] for one in each])
+            str(count * results["chunk_steps"]): paper_output.mean([one[count - 1] for one in each])
             for count in counts
         }
         for kind, each in kinds.items()
@@ -64,4 +66,4 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    papers.programmed(__file__, rows, "gammas", learn)
+    paper_programs.programmed(__file__, rows, "gammas", learn)

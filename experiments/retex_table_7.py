@@ -9,7 +9,8 @@ residual. The threshold takes 95% of validation inputs as known. The histograms 
 from collections.abc import Mapping
 from typing import Any
 
-import papers
+import paper_output
+import paper_programs
 
 COLUMNS = ("accuracy", "balanced_accuracy", "recall", "f1", "auroc", "aupr")
 
@@ -20,10 +21,10 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for found in results["out_of_distribution"]:
         split.setdefault(f"{found['identifier']}, {found['measure']}", []).append(found)
     return {
-        label: {name: papers.mean([one[name] for one in each]) for name in COLUMNS}
+        label: {name: paper_output.mean([one[name] for one in each]) for name in COLUMNS}
         for label, each in split.items()
     }
 
 
 if __name__ == "__main__":
-    papers.identified(__file__, rows)
+    paper_programs.identified(__file__, rows)

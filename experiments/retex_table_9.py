@@ -10,7 +10,7 @@ recommended identifier: with the task known, with the backbone routed, and with 
 from collections.abc import Mapping
 from typing import Any
 
-import papers
+import paper_programs
 
 PROTOCOLS = {
     (True, True): "recovered, task known",
@@ -38,4 +38,4 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    papers.identified(__file__, rows)
+    paper_programs.identified(__file__, rows)

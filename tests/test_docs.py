@@ -127,8 +127,8 @@ def flags_of(file):
     """The flags that a program defines, whether by absl or by argparse, or that a table of the papers takes."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import) and node.names[0].name == "papers":
-            found |= flags_of(ROOT / "experiments/papers.py")
+        if isinstance(node, ast.Import) and node.names[0].name in ("papers", "paper_programs"):
+            found |= flags_of(ROOT / "experiments/paper_output.py")
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)

@@ -165,6 +165,12 @@ def test_piped_progress_speaks_every_ten_seconds(capsys, clock):
     ]
 
 
+def test_a_single_step_is_done_where_its_block_ends(capsys, clock):
+    with logging.progress(1, "probe"):
+        clock.seconds += 5
+    assert capsys.readouterr().err.splitlines() == ["probe: 1/1 done in 5 s"]
+
+
 def test_rate_ignores_the_steps_before_a_resume(capsys, clock):
     with logging.progress(1000, "fit") as shown:
         shown.update(900)

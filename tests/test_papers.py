@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from retex_jax import METHODS, command_line, experiment
+from retex_jax import METHODS, command_line, experiment, offsets, tree
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCRIPTS = sorted(EXPERIMENTS.glob("retex_*.py")) + sorted(EXPERIMENTS.glob("dts_*.py"))
@@ -18,6 +18,8 @@ SCRIPTS = sorted(EXPERIMENTS.glob("retex_*.py")) + sorted(EXPERIMENTS.glob("dts_
 
 sys.path.insert(0, str(EXPERIMENTS))  # it is no package
 
+import paper_output  # noqa: E402
+import paper_programs  # noqa: E402
 import papers  # noqa: E402
 
 
@@ -26,10 +28,10 @@ def load(path):
 
 
 def entries(path, suite):
-    module, config = load(path), papers.load(suite)
+    module, config = load(path), paper_output.load(suite)
     if hasattr(module, "curves"):
         return [entry for curve in module.curves(config).values() for entry in curve.values()]
-    if "results" in inspect.signature(module.rows).parameters:  # of another program
+    if hasattr(module, "paper_programs"):  # its rows are no fits
         return []
     return list(module.rows(config).values())
 
@@ -51,7 +53,7 @@ def run(script, call, cache, folder, monkeypatch):
         made.search.enabled = False
         return made
 
-    monkeypatch.setattr(papers, "load", config)
+    monkeypatch.setattr(paper_output, "load", config)
     out = ["--out", str(folder / "out"), "--workdir", str(folder / "work")]
     with tiny.world(cache):
         call(str(EXPERIMENTS / script), out)
@@ -160,7 +162,7 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
             {"identifier": "router", "measure": "entropy", **measures, "f1": f1 + better}
             for f1 in (0.2, 0.4)
         ]
-        config = papers.load("minilm_text8")
+        config = paper_output.load("minilm_text8")
         config.seed = seed
         experts = experiment.checkpoint_set(command_line.as_dict(config))
         results = {"calibration_sizes": sweep, "out_of_distribution": unseen}
@@ -168,7 +170,7 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
         (folder / "results.json").write_text(json.dumps(results))
     out = ["--out", str(tmp_path / "out"), "--workdir", str(tmp_path / "work"), "--seeds", "0", "1"]
     for name in ("retex_figure_12", "retex_table_7"):
-        papers.identified(
+        paper_programs.identified(
             str(EXPERIMENTS / f"{name}.py"), load(EXPERIMENTS / f"{name}.py").rows, out
         )
     folder = tmp_path / "out/minilm_text8"
@@ -182,14 +184,14 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
     def identify(config, workdir):
         raise RuntimeError(f"anew in {workdir.name}")
 
-    monkeypatch.setattr(papers, "identify", identify)
+    monkeypatch.setattr(paper_programs, "identify", identify)
     path = tmp_path / "work/minilm_text8_identify/seed_1/results.json"
     known, halves = json.loads(path.read_text()), [{"rows": {"a": 1, "b": 1}}, {"rows": {"a": 1}}]
     for part in ({"checkpoint_set": "others"}, {"failed": {"a": "no"}}, {"splits": halves}):
         path.write_text(json.dumps({**known, **part}))
         with pytest.raises(RuntimeError, match="anew in seed_1"):
             script = EXPERIMENTS / "retex_table_7.py"
-            papers.identified(str(script), load(script).rows, out)
+            paper_programs.identified(str(script), load(script).rows, out)
 
 
 def test_identifiers_and_what_they_recover():
@@ -216,7 +218,7 @@ def test_scales_are_those_of_the_fit(tmp_path_factory, tmp_path, monkeypatch):
         return module.learn(config, workdir)
 
     def scales(path, out):
-        papers.programmed(path, module.rows, "gammas", learn, [*out, "--seeds", "0"])
+        paper_programs.programmed(path, module.rows, "gammas", learn, [*out, "--seeds", "0"])
 
     found, picture = run("retex_figure_7.py", scales, trained.cache, tmp_path, monkeypatch)
     assert list(found[0]) == ["row", "2", "4", "8", "16", "32", "64", "seeds"]
@@ -232,16 +234,73 @@ def test_scales_are_those_of_the_fit(tmp_path_factory, tmp_path, monkeypatch):
     assert path.stat().st_mtime_ns == written
 
 
+def test_costs_of_inputs_of_unknown_tasks(tmp_path_factory, tmp_path, monkeypatch):
+    trained = tiny.trained(tmp_path_factory)
+    module = load(EXPERIMENTS / "retex_table_4.py")
+    monkeypatch.setattr(module, "REPEATS", 1)
+
+    def costs(path, out):
+        paper_programs.programmed(
+            path, module.rows, "costs", module.measure, [*out, "--seeds", "0"], "seconds"
+        )
+
+    found, picture = run("retex_table_4.py", costs, trained.cache, tmp_path, monkeypatch)
+    assert [row["row"] for row in found] == [*module.MODES, *module.ROUTED]
+    assert all(float(row["seconds"]) > 0 and float(row["passes"]) > 0 for row in found)
+    (known,) = {float(row["normalized_accuracy"]) for row in found[:3]}
+    (held,) = {float(row["held"]) for row in found[:3]}
+    routed = [row for row in trained.results["rows"] if row["head_known"] > row["task_known"]]
+    assert known == pytest.approx(routed[0]["normalized_accuracy"], abs=0.05)  # of fewer inputs
+    parts = routed[0]["bytes_per_task"] * len(tiny.NAMES)
+    assert held == pytest.approx(1 + parts / (routed[0]["bytes_per_task"] / routed[0]["amr"]))
+    dawin = found[-1]
+    # The pretrained model, all experts, and their heads, which are small.
+    assert 0 < float(dawin["held"]) - (1 + len(tiny.NAMES)) < 0.01
+    assert "DaWin" in picture
+
+
+def test_parts_of_generated_offsets(tmp_path_factory, tmp_path, monkeypatch):
+    trained = tiny.trained(tmp_path_factory)
+    module = load(EXPERIMENTS / "retex_table_5.py")
+    found, _ = run(
+        "retex_table_5.py",
+        lambda path, out: paper_programs.stated(path, module.rows, "numbers", out),
+        trained.cache,
+        tmp_path,
+        monkeypatch,
+    )
+    state = trained.released.state
+    tasks, size = state.num_tasks, tree.param_bytes(state.merged)
+    memory = offsets.normalized_memory(state.offsets, size, tasks, tasks)
+    total = {part: float(found[-1][part]) for part in module.PARTS}
+    assert total["offsets"] == tasks
+    assert 1 + total["baked"] + total["shared"] == pytest.approx(memory.baked, rel=1e-5)
+    generator = 1 + total["generator"] + total["shared"] + 4 * tasks**2 / size
+    assert generator == pytest.approx(memory.generator, rel=1e-5)
+    leaves = sum(float(row["leaves"]) for row in found[:-1])
+    assert leaves == len(tree.flatten(state.merged))
+
+
+def test_layers_that_a_router_may_read():
+    module = load(EXPERIMENTS / "retex_figure_16.py")
+    trials = [
+        {"options": {"layer": layer, "shrinkage": shrinkage}, "score": score}
+        for layer, shrinkage, score in ((1, 0.1, 0.5), (1, 0.3, 0.6), (2, 0.1, None), (2, 0.3, 0.7))
+    ]
+    results = {"num_layers": 2, "trials": {"mahalanobis": trials, "router": []}}
+    assert module.rows(results) == {"experts' features": {"1": 0.6, "2": 0.7}}
+
+
 def test_unseen_tasks_are_those_of_the_program(tmp_path, monkeypatch):
     def evaluate_unseen(config, workdir):
         assert workdir == tmp_path / f"work/minilm_text8_unseen/seed_{config.seed}"
         row = {"rule": "ties", "seen_accuracy": 0.9, "unseen_accuracy": 0.5 + 0.1 * config.seed}
         return {"rows": [row]}
 
-    monkeypatch.setattr(papers, "evaluate_unseen", evaluate_unseen)
+    monkeypatch.setattr(paper_programs, "evaluate_unseen", evaluate_unseen)
     script = EXPERIMENTS / "dts_table_4.py"
     out = ["--out", str(tmp_path / "out"), "--workdir", str(tmp_path / "work"), "--seeds", "0", "1"]
-    papers.transferred(str(script), load(script).rows, out)
+    paper_programs.transferred(str(script), load(script).rows, out)
     text = (tmp_path / "out/minilm_text8/dts_table_4.csv").read_text()
     assert text == "row,seen,unseen,seeds\nties,0.9,0.55,0 1\n"
 
@@ -249,11 +308,11 @@ def test_unseen_tasks_are_those_of_the_program(tmp_path, monkeypatch):
 def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
     index = tmp_path / "README.md"
     index.write_text((EXPERIMENTS / "README.md").read_text())
-    monkeypatch.setattr(papers, "INDEX", index)
+    monkeypatch.setattr(paper_output, "INDEX", index)
     command = "python experiments/x.py --suite=vit_b32_30"
     for seeds, seconds in (("", 60), (" --seeds 4", 120)):
-        papers._list(f"{command}_own", "", "Of another suite.", 60)
-        papers._list(command, seeds, "Shows it.", seconds)
+        paper_output._list(f"{command}_own", "", "Of another suite.", 60)
+        paper_output._list(command, seeds, "Shows it.", seconds)
     lines = [line for line in index.read_text().splitlines() if "vit_b32_30" in line]
     assert lines == [
         f"| `{command} --seeds 4` | 2.0 min | Shows it. |",
@@ -263,9 +322,9 @@ def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
 
 def test_snapshots_are_compared_once():
     """Their experts have no seeds; what is asked for is kept, and refused by the comparison."""
-    assert papers._parse("", ["--suite=vit_b32_8"]).seeds == []
-    assert papers._parse("", ["--suite=demo"]).seeds == [0, 1, 2]
-    assert papers._parse("", ["--suite=demo", "--seeds", "4"]).seeds == [4]
+    assert paper_output.parse("", ["--suite=vit_b32_8"]).seeds == []
+    assert paper_output.parse("", ["--suite=demo"]).seeds == [0, 1, 2]
+    assert paper_output.parse("", ["--suite=demo", "--seeds", "4"]).seeds == [4]
     row = {"entry": "ties", "accuracy": {"dtd": 0.5}, "commit": "abc", "amr": 0.25}
     results = {"tasks": ["dtd"], "individual": {"dtd": 0.75}}
     [head, own, ties] = papers._lines([("TIES", 0.0, row)], None, results)

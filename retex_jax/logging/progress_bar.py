@@ -80,7 +80,7 @@ def progress(total: int, description: str) -> Iterator[Progress]:
     """Shows the progress of the loop in its block on stderr.
 
     On a terminal: a bar with percent, rate, remaining time and metrics. Piped: at most one line
-    every 10 seconds, and one at the end of a loop of a second or more.
+    every 10 seconds, and one at the end of a loop of a second or more. A single step is done where its block ends.
 
     Args:
       total: number of steps, those before a resume included.
@@ -94,6 +94,8 @@ def progress(total: int, description: str) -> Iterator[Progress]:
     if not (terminal.is_lead() and terminal.stderr.is_terminal):
         shown = Progress(total, description, None)
         yield shown
+        if total == 1:
+            shown.completed = 1
         shown.finish()
         return
     columns = [
@@ -103,7 +105,10 @@ def progress(total: int, description: str) -> Iterator[Progress]:
         rich.progress.TextColumn("{task.fields[tail]}", markup=False),
     ]
     with rich.progress.Progress(*columns, console=terminal.stderr) as bar:
-        yield Progress(total, description, bar)
+        shown = Progress(total, description, bar)
+        yield shown
+        if total == 1:
+            shown.update(1)
 
 
 def _duration(seconds: float) -> str:
