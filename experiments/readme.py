@@ -4,7 +4,8 @@
     python experiments/readme.py --check    # changes nothing; shows what differs, and exits with 1
 
 A page has what is written here between two lines, "<!-- begin NAME -->" and "<!-- end NAME -->"; `BLOCKS` has the
-names. Read are experiments/results/*/results.json, experiments/benchmarks/*.json and the tables of the package.
+names. Read are experiments/results/*/results.json, experiments/results/papers/rows, experiments/benchmarks/*.json and
+the tables of the package.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import findings as ablations
 import picture
 from compared import (
     FAMILIES,
@@ -252,6 +254,22 @@ def _best(found: Sequence[dict[str, Any]]) -> str:
     return f"{score:.4f} ± {best['normalized_accuracy_interval']:.4f} ({worst:.3f})"
 
 
+def findings() -> str:
+    """What each ablation buys, by suite."""
+    return "\n\n".join(_findings(suite) for suite in SUITES if ablations.seeds(suite))
+
+
+def _findings(suite: str) -> str:
+    found, rows = ablations.seeds(suite), []
+    for change in ablations.changes(suite):
+        if (bought := ablations.difference(change, found)) is not None:
+            points = f"{100 * bought['mean']:+.2f} ± {100 * bought['half_width']:.2f}"
+            stored = [percent(bought[name]) for name in ("plain", "changed")]
+            rows.append([change.what, points, *stored, " ".join(map(str, bought["seeds"]))])
+    header = [f"`{suite}`", "points", "bytes a task", "with the change", "seeds"]
+    return table(header, rows)
+
+
 def benchmarks() -> str:
     """Time and memory of mergers beside mergekit, and of forward passes beside torch."""
     path = "experiments/benchmarks/mergers.json"
@@ -384,6 +402,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_kept_apart,
         comparison_routed,
         fronts,
+        findings,
         benchmarks,
         pipeline,
         scaling,

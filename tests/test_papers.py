@@ -4,6 +4,7 @@ import csv
 import importlib
 import inspect
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SCRIPTS = sorted(EXPERIMENTS.glob("retex_*.py")) + sorted(EXPERIMENTS.glob("dts_
 
 sys.path.insert(0, str(EXPERIMENTS))  # it is no package
 
+import findings  # noqa: E402
 import paper_output  # noqa: E402
 import paper_programs  # noqa: E402
 import papers  # noqa: E402
@@ -330,3 +332,37 @@ def test_snapshots_are_compared_once():
     [head, own, ties] = papers._lines([("TIES", 0.0, row)], None, results)
     assert (own[0], own[1], ties[0], ties[1]) == ("Individual", "0.75", "TIES", "0.5")
     assert dict(zip(head, ties, strict=True))["seeds"] == ""
+
+
+@pytest.mark.parametrize("suite", ["minilm_text8", "dinov2_vision8"])
+def test_findings_are_of_rows_that_a_script_makes(suite):
+    made = {entry.name for path in SCRIPTS for entry in entries(path, suite)}
+    changes = findings.changes(suite)
+    for change in changes:
+        assert {change.changed.name, change.plain.name} <= made, change.what
+        assert change.changed.name != change.plain.name
+    assert len({change.what for change in changes}) == len(changes)
+
+
+def test_a_finding_is_a_paired_difference():
+    change = findings.Change("twice", papers.retex(rank=2), papers.retex(rank=1))
+    found = [
+        {
+            "seed": seed,
+            "tasks": ["a", "b"],
+            "individual": {"a": 0.5, "b": 1.0},
+            "rows": [
+                {"entry": "retex rank=1", "accuracy": {"a": 0.4, "b": 0.8}, "amr": 0.01},
+                {"entry": "retex rank=2", "accuracy": {"a": 0.45, "b": more}, "amr": 0.02},
+            ],
+        }
+        for seed, more in ((0, 0.8), (2, 0.9))
+    ]
+    unpaired = {**found[0], "seed": 1, "rows": found[0]["rows"][:1]}
+    bought = findings.difference(change, [found[0], unpaired, found[1]])
+    values = [0.1, 0.0, 0.1, 0.1]
+    half_width = 3.182446 * statistics.stdev(values) / 2  # t of 3 degrees of freedom
+    assert bought["mean"] == pytest.approx(statistics.mean(values))
+    assert bought["half_width"] == pytest.approx(half_width, rel=1e-6)
+    assert (bought["plain"], bought["changed"], bought["seeds"]) == (0.01, 0.02, [0, 2])
+    assert findings.difference(change, [unpaired]) is None
