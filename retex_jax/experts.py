@@ -18,9 +18,8 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from retex_jax import tree
+from retex_jax import expert_checks, tree
 from retex_jax.buffers import aligned_empty, read_ahead, scratch
 from retex_jax.lora.source import LoraSource
 from retex_jax.sources import (
@@ -228,7 +227,7 @@ class ExpertSet:
             raise ValueError(f"names: got {names!r}, expected {len(experts)} unique names")
         if isinstance(exclude, str):
             raise ValueError(f"exclude: got {exclude!r}, expected a sequence of patterns")
-        leaves = _kept(experts[0] if pretrained is None else pretrained, exclude)
+        leaves = expert_checks.kept(experts[0] if pretrained is None else pretrained, exclude)
         if not any(tree.is_float(spec.dtype) for spec in leaves.values()):
             owner = names[0] if pretrained is None else "pretrained"
             raise ValueError(f"{owner}: no leaf is left to merge")
@@ -237,12 +236,13 @@ class ExpertSet:
             tree.matrix_view(name, spec.shape, layout)
         problems = []
         for task, expert in zip(names, experts, strict=True):
-            problems += _mismatches(task, leaves, _kept(expert, exclude))
+            problems += expert_checks.mismatches(task, leaves, expert_checks.kept(expert, exclude))
         if check_finite and not problems:
             is_file = isinstance(pretrained, SafetensorsSource)
             base = f"pretrained ({pretrained.path})" if is_file else "pretrained"
             for owner, source in zip((base, *names), (pretrained, *experts), strict=True):
-                problems += _not_finite(owner, source, leaves) if source is not None else []
+                if source is not None:
+                    problems += expert_checks.not_finite(owner, source, leaves)
         if problems:
             raise ValueError("the experts do not fit:\n  " + "\n  ".join(problems))
         return cls(tuple(names), layout, leaves, pretrained, tuple(experts))
@@ -358,7 +358,8 @@ class ExpertSet:
             name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
             for name, leaf in sorted(source.leaves.items())
         }
-        problems = _mismatches("merged", expected, got) or _not_finite("merged", source, got)
+        problems = expert_checks.mismatches("merged", expected, got)
+        problems = problems or expert_checks.not_finite("merged", source, got)
         if problems:
             raise ValueError("the merged model does not fit:\n  " + "\n  ".join(problems))
         return replace(self, _pretrained=source)
@@ -409,49 +410,3 @@ def task_vectors(experts: ExpertSet) -> Params:
 def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:
     names = [source.name for source in sources]
     return names if len(set(names)) == len(names) else None
-
-
-def _kept(source: Source, exclude: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: spec
-        for name, spec in sorted(source.leaves.items())
-        if not tree.matches_any(exclude, name)
-    }
-
-
-def _mismatches(
-    task: str,
-    expected: Mapping[str, jax.ShapeDtypeStruct],
-    got: Mapping[str, jax.ShapeDtypeStruct],
-) -> list[str]:
-    problems = [
-        f"{task}: missing leaf {name}{tree.did_you_mean(name, set(got) - set(expected))}"
-        for name in expected
-        if name not in got
-    ]
-    for name, spec in got.items():
-        if name not in expected:
-            suggestion = tree.did_you_mean(name, set(expected) - set(got))
-            problems.append(f"{task}: extra leaf {name}{suggestion}")
-        elif spec.shape != expected[name].shape:
-            problems.append(
-                f"{task}: {name} has shape {spec.shape}, expected {expected[name].shape}"
-            )
-        elif spec.dtype != expected[name].dtype:
-            problems.append(
-                f"{task}: {name} has dtype {spec.dtype}, expected {expected[name].dtype}"
-            )
-    return problems
-
-
-def _not_finite(owner: str, source: Source, leaves: Iterable[str]) -> list[str]:
-    problems = []
-    for name in leaves:
-        leaf = source.read(name)
-        if isinstance(leaf, Tracer) or not tree.is_float(leaf.dtype):
-            continue
-        values = np.asarray(leaf)
-        if not np.isfinite(values).all():
-            bad = int(np.size(values) - np.isfinite(values).sum())
-            problems.append(f"{owner}: {name} has {bad} values that are NaN or Inf")
-    return problems

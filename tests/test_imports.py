@@ -16,6 +16,7 @@ CORE = {
     "buffers",
     "calibration",
     "",  # retex_jax/__init__.py
+    "expert_checks",
     "experts",
     "files",
     "identifier",
