@@ -69,9 +69,14 @@ def changes(suite: str) -> list[Change]:
     ]
 
 
+def folder(suite: str) -> str:
+    """Where a suite's rows lie, by its path in the repository."""
+    return str((paper_output.ROWS / f"{suite}_papers").relative_to(paper_output.ROOT))
+
+
 def seeds(suite: str) -> list[dict[str, Any]]:
     """What was found on the experts of each seed; the content of their results.json."""
-    paths = sorted((paper_output.ROWS / f"{suite}_papers").glob("seed_*/results.json"))
+    paths = sorted((paper_output.ROOT / folder(suite)).glob("seed_*/results.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 

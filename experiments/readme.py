@@ -267,7 +267,9 @@ def _findings(suite: str) -> str:
             stored = [percent(bought[name]) for name in ("plain", "changed")]
             rows.append([change.what, points, *stored, " ".join(map(str, bought["seeds"]))])
     header = [f"`{suite}`", "points", "bytes a task", "with the change", "seeds"]
-    return table(header, rows)
+    commits = dict.fromkeys(row["commit"] for results in found for row in results["rows"])
+    told = ", ".join(f"`{commit}`" for commit in commits)
+    return f"{table(header, rows)}\n\nFrom `{ablations.folder(suite)}` (commits {told})."
 
 
 def benchmarks() -> str:

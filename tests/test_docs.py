@@ -163,6 +163,8 @@ def command_problems(words):
         return [extra for extra in named if extra not in extras["optional-dependencies"]]
     if program in ("pytest", "mkdocs", "hf"):
         return []
+    if program == "sbatch":
+        return [] if (ROOT / rest[-1]).is_file() else [rest[-1]]
     if program != "python":
         return [program]
     if rest[0] == "-m":
@@ -209,6 +211,7 @@ def test_commands_exist(name):
         "python -m retex_jax.convert --chek a b",
         "python -m retex_jax.evaluate --config=configs/demo.py",
         "python experiments/none.py",
+        "sbatch experiments/cluster/none.sh",
         "python experiments/retex_table_1.py --suit=minilm_text8",
         "python experiments/scaling_num_tasks.py --tasks 3",
         "pip install -e '.[demos]'",
