@@ -158,13 +158,13 @@ def pairs(
         for label, _, row in points:
             found.setdefault(label, {})[other] = row["accuracy"][one]
         own = results["individual"][one]
-    table = [["Individual", "", output.number(own), "", ""]]
+    table = [["Individual", "", output.number(own), "", "", ""]]
+    seeds = " ".join(map(str, args.seeds))
     for label, by_other in found.items():
         ends = [pick(by_other, key=by_other.__getitem__) for pick in (max, min)]
-        table.append(
-            [label, *(text for end in ends for text in (end, output.number(by_other[end])))]
-        )
-    header = [one, "best with", "accuracy", "worst with", "accuracy"]
+        shown = (text for end in ends for text in (end, output.number(by_other[end])))
+        table.append([label, *shown, seeds])
+    header = [one, "best with", "accuracy", "worst with", "accuracy", "seeds"]
     output.save(
         script, args, started, [header, *table], pictures.ends(found, own, Path(script).stem)
     )
