@@ -5,10 +5,10 @@
 A model of the size of CLIP's ViT-B/32 (images of 224 pixels: 50 tokens), float32, random weights, and offsets with
 drawn factors of each rank, the shared factor on the longer side: time depends on shapes, not on values. The task of
 each input is drawn. Warm times are of all modes in turn in one process, so that a drift of the machine's speed hits
-all; "materialized" has its experts at hand, "grouped" recovers them in every pass; times include the copies to and
-from the host. Cold seconds (the first call, compiling included) and the peak of anonymous memory are of a process a
-mode. Growth is with the number of tasks, at one batch size. Prints the ratios beside their goals, and writes
-experiments/benchmarks/inference.json.
+all; "materialized" keeps as many experts as fit its cache of 1 GiB (three of this size), "grouped" recovers them in
+every pass; times include the copies to and from the host. Cold seconds (the first call, compiling included) and the
+peak of anonymous memory are of a process a mode. Growth is with the number of tasks, at one batch size. Prints the
+ratios beside their goals, and writes experiments/benchmarks/inference.json.
 """
 
 import argparse
