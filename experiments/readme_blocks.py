@@ -246,20 +246,26 @@ def _best(found: Sequence[dict[str, Any]]) -> str:
 
 def findings() -> str:
     """What each ablation buys, by suite."""
-    return "\n\n".join(_findings(suite) for suite in SUITES if ablations.seeds(suite))
+    return "\n\n".join(map(_findings, SUITES))
 
 
 def _findings(suite: str) -> str:
-    found, rows = ablations.seeds(suite), []
+    rows, used = [], {}
     for change in ablations.changes(suite):
-        if (bought := ablations.difference(change, found)) is not None:
+        for source in ablations.sources(suite):
+            if (bought := ablations.difference(change, source.found)) is None:
+                continue
             points = f"{100 * bought['mean']:+.2f} ± {100 * bought['half_width']:.2f}"
             stored = [percent(bought[name]) for name in ("plain", "changed")]
             rows.append([change.what, points, *stored, " ".join(map(str, bought["seeds"]))])
+            used.setdefault(source.path, []).extend(bought["commits"])
+            break
     header = [f"`{suite}`", "points", "bytes a task", "with the change", "seeds"]
-    commits = dict.fromkeys(row["commit"] for results in found for row in results["rows"])
-    told = ", ".join(f"`{commit}`" for commit in commits)
-    return f"{table(header, rows)}\n\nFrom `{ablations.folder(suite)}` (commits {told})."
+    told = "; ".join(
+        f"`{path}` (commits {', '.join(f'`{commit}`' for commit in dict.fromkeys(commits))})"
+        for path, commits in used.items()
+    )
+    return f"{table(header, rows)}\n\nFrom {told}."
 
 
 def benchmarks() -> str:

@@ -354,8 +354,9 @@ def test_a_finding_is_a_paired_difference():
             "tasks": ["a", "b"],
             "individual": {"a": 0.5, "b": 1.0},
             "rows": [
-                {"entry": "retex rank=1", "accuracy": {"a": 0.4, "b": 0.8}, "amr": 0.01},
-                {"entry": "retex rank=2", "accuracy": {"a": 0.45, "b": more}, "amr": 0.02},
+                {"entry": f"retex rank={rank}", "accuracy": dict(zip("ab", scores, strict=True))}
+                | {"amr": rank / 100, "commit": f"commit {rank}"}
+                for rank, scores in ((1, (0.4, 0.8)), (2, (0.45, more)))
             ],
         }
         for seed, more in ((0, 0.8), (2, 0.9))
@@ -367,7 +368,10 @@ def test_a_finding_is_a_paired_difference():
     assert bought["mean"] == pytest.approx(statistics.mean(values))
     assert bought["half_width"] == pytest.approx(half_width, rel=1e-6)
     assert (bought["plain"], bought["changed"], bought["seeds"]) == (0.01, 0.02, [0, 2])
+    assert set(bought["commits"]) == {"commit 1", "commit 2"}
     assert findings.difference(change, [unpaired]) is None
+    means = {**found[0], "seed": None, "expert_seeds": [0, 1, 2]}
+    assert findings.difference(change, [means])["seeds"] == [0, 1, 2]
 
 
 UNKEPT = ["minilm_text8/retex_figure_6.csv"]  # made before rows were kept
