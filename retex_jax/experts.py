@@ -387,6 +387,23 @@ class ExpertSet:
             _experts=tuple(self._experts[task] for task in chosen),
         )
 
+    def only(self, leaves: Iterable[str]) -> "ExpertSet":
+        """The same experts with some of their leaves.
+
+        Args:
+          leaves: their names.
+
+        Returns:
+          The expert set; no leaf is copied.
+
+        Raises:
+          ValueError: if a name is none of a leaf.
+        """
+        names = list(leaves)
+        if unknown := sorted(set(names) - self.leaves.keys()):
+            raise ValueError(f"leaves: got {unknown}, expected some of the experts' leaves")
+        return replace(self, leaves={name: self.leaves[name] for name in names})
+
     def pretrained_params(self) -> Params:
         """The whole pretrained model, as a nested dict."""
         return tree.unflatten({name: self.pretrained(name) for name in self.leaves})

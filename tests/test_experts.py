@@ -558,3 +558,13 @@ def test_problems_of_experts_without_a_pretrained_model(tmp_path):
     _, paths = _files(tmp_path, experts[0], experts)
     expert_set = rtx.ExpertSet.from_safetensors(None, paths, layout="flax")
     np.testing.assert_array_equal(expert_set.expert(name, 1), experts[1][name])
+
+
+def test_only_some_leaves():
+    made = _from_flat(*references.few_leaves(2))
+    name = made.float_leaves[-1]
+    few = made.only([name])
+    assert list(few.leaves) == [name]
+    np.testing.assert_array_equal(few.stacked(name), made.stacked(name))
+    with pytest.raises(ValueError, match=r"leaves: got \['nothing'\]"):
+        made.only([name, "nothing"])

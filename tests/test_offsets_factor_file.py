@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -8,10 +9,12 @@ import safetensors.numpy
 from expert_sets import MODEL_IDS, MODELS, expert_set
 
 import retex_jax as rtx
+from retex_jax.mergers import LEAFWISE, MERGERS
 from retex_jax.offsets import exact, factor_file
 from retex_jax.offsets.state import check_fits
 
 RETEX = rtx.METHODS["retex"]
+offsets_fit = importlib.import_module("retex_jax.offsets.fit")  # of the package it is the function
 
 
 def assert_same(one, other):
@@ -50,6 +53,34 @@ def test_a_fit_in_a_file_is_bitwise_that_in_memory(pretrained, experts, options,
     recovered = references.flat(RETEX.recover(loaded, 0))
     for name, leaf in references.flat(RETEX.recover(filed, 0)).items():
         np.testing.assert_array_equal(recovered[name], leaf)
+
+
+@pytest.mark.parametrize(("base", "calls"), [("weight_average", None), ("ties", 1)])
+def test_the_base_is_merged_some_leaves_at_a_time(base, calls, tmp_path, monkeypatch):
+    """Where each leaf is merged by itself; and to the same bits."""
+    made, merged = expert_set(*references.few_leaves(2)), []
+    want = RETEX.fit(made, rank=4, base=base)
+    merge = MERGERS[base]
+
+    def counted(experts, **options):
+        merged.append(list(experts.leaves))
+        return merge(experts, **options)
+
+    monkeypatch.setitem(MERGERS, base, counted)
+    monkeypatch.setattr(offsets_fit, "_MERGED_BYTES", 1)
+    got = RETEX.fit(made, rank=4, base=base, file=tmp_path / "offsets.safetensors")
+    assert_same(got.merged, want.merged)
+    assert [name for names in merged for name in names] == list(made.leaves)
+    assert len(merged) == (calls or len(made.leaves))
+
+
+@pytest.mark.parametrize("base", LEAFWISE)
+def test_leafwise_mergers_need_no_other_leaf(base):
+    made = expert_set(*references.few_leaves(3))
+    whole = references.flat(MERGERS[base](made))
+    for name, leaf in whole.items():
+        (alone,) = references.flat(MERGERS[base](made.only([name]))).values()
+        np.testing.assert_array_equal(alone, leaf)
 
 
 def test_other_readers_read_it(tmp_path):

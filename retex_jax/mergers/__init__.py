@@ -20,7 +20,11 @@ MERGERS = {
 }
 """Name to `fit(experts, *, key, ...) -> merged params`; those that need no data, which offsets can be based on."""
 
+LEAFWISE = ("weight_average", "task_arithmetic")
+"""Those of MERGERS that merge a leaf by itself, whatever the other leaves are."""
+
 __all__ = [
+    "LEAFWISE",
     "MERGERS",
     "adamerging",
     "average",

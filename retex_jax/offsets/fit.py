@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers import MERGERS
+from retex_jax.mergers import LEAFWISE, MERGERS
 from retex_jax.offsets import (
     activations,
     adam,
@@ -40,6 +40,8 @@ from retex_jax.typing import Array, Params
 _RANK = 64
 # What a fit with a budget notes in its file, because it costs a pass over the experts.
 _RANKS = "ranks"
+# Of leaves that are merged before they go into the file.
+_MERGED_BYTES = 1 << 26
 
 _EXACT = {
     "product": exact.fit,
@@ -162,7 +164,8 @@ def fit(
             return known
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule, orientation)
-    merged = _merge(experts, key, base, base_options or {})
+    leafwise = base if file is not None and isinstance(base, str) and base in LEAFWISE else None
+    merged = {} if leafwise else _merge(experts, key, base, base_options or {})
     if solver == "adam":
         sizes = {"form": form, "task_rank": task_rank, "d_emb": d_emb}
         return adam.fit(experts, merged, plans, key=key, **sizes, **solver_options)
@@ -176,7 +179,10 @@ def fit(
     if file is not None:
         opened = factor_writer.writing(file, experts.leaves, identity)
     with opened as factors:
-        merged = merged if factors is None else factors.put_merged(merged)
+        if factors is not None and leafwise:
+            merged = _merge_into(factors, experts, key, leafwise, base_options or {})
+        elif factors is not None:
+            merged = factors.put_merged(merged)
         weights = _weights(experts, merged, task_weights)
         roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
         if budget is not None and factors is not None and _RANKS in factors.notes:
@@ -361,6 +367,35 @@ def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> 
         if name not in known:
             suggestion = tree.did_you_mean(name, known)
             raise ValueError(f"{name}: no such option, expected {sorted(known)}{suggestion}")
+
+
+def _merge_into(
+    factors: factor_writer.FactorFile,
+    experts: ExpertSet,
+    key: jax.Array,
+    base: str,
+    options: Mapping[str, Any],
+) -> Params:
+    """As `_merge` of one of LEAFWISE, some leaves at a time, which go into the file: no whole model is in memory."""
+    merged: dict[str, Array] = {}
+    for names in _by_bytes(experts):
+        part = _merge(experts.only(names), key, base, options)
+        merged |= tree.flatten(factors.put_merged(part))
+    return tree.unflatten(merged)
+
+
+def _by_bytes(experts: ExpertSet) -> Iterator[list[str]]:
+    """The leaves in groups of `_MERGED_BYTES` or a little more."""
+    group: list[str] = []
+    size = 0
+    for name, spec in experts.leaves.items():
+        group.append(name)
+        size += spec.size * spec.dtype.itemsize
+        if size >= _MERGED_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _merge(
