@@ -268,6 +268,31 @@ def _findings(suite: str) -> str:
     return f"{table(header, rows)}\n\nFrom {told}."
 
 
+def unseen() -> str:
+    """What is made of the other tasks' experts for tasks whose own are left out."""
+    path = "experiments/results/papers/rows/minilm_text8_unseen/seed_0/results.json"
+    found = read(path)
+
+    def told(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.3f} ± {row[f'{name}_interval']:.3f}"
+
+    rows = [
+        [
+            row["rule"],
+            told(row, "unseen_accuracy"),
+            told(row, "gain"),
+            f"{row['seen_normalized_accuracy']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["`minilm_text8`", "unseen tasks", "above pretrained", "seen tasks, normalized"]
+    held = "; ".join(", ".join(split["unseen"]) for split in found["splits"])
+    return (
+        f"{table(header, rows)}\n\nAccuracies, and half a 95% interval of the mean over {len(found['splits'])} splits "
+        f"({held} left out). From `{path}`, commit `{found['commit']}`, seed {found['seed']}."
+    )
+
+
 def benchmarks() -> str:
     """Time and memory of mergers beside mergekit, and of forward passes beside torch."""
     path = "experiments/benchmarks/mergers.json"
@@ -428,6 +453,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_routed,
         fronts,
         findings,
+        unseen,
         benchmarks,
         pipeline,
         recovery_modes,
