@@ -1,7 +1,7 @@
 """What the ablations found: differences of two rows, with their intervals.
 
-Read are the rows of the papers' scripts in experiments/results/papers/rows, and where these lack one the comparisons in
-experiments/results: SUITE_pareto, of the means of experts of three seeds, and SUITE_compare, of one seed.
+Read are the rows of the papers' scripts in experiments/results/papers/rows and the comparisons in experiments/results:
+SUITE_pareto, of the means of experts of three seeds, and SUITE_compare, of one seed.
 """
 
 import json
@@ -93,7 +93,7 @@ class Source(NamedTuple):
 
 
 def sources(suite: str) -> list[Source]:
-    """Those of a suite that are there, the first to be taken first."""
+    """Those of a suite that are there, the most telling first."""
     results = paper_output.RESULTS.parent
     places = {
         paper_output.ROWS / f"{suite}_papers": "seed_*/results.json",

@@ -252,14 +252,17 @@ def findings() -> str:
 def _findings(suite: str) -> str:
     rows, used = [], {}
     for change in ablations.changes(suite):
-        for source in ablations.sources(suite):
-            if (bought := ablations.difference(change, source.found)) is None:
-                continue
+        found = [
+            (source.path, bought)
+            for source in ablations.sources(suite)
+            if (bought := ablations.difference(change, source.found)) is not None
+        ]
+        if found:
+            path, bought = max(found, key=lambda one: len(one[1]["seeds"]))
             points = f"{100 * bought['mean']:+.2f} ± {100 * bought['half_width']:.2f}"
             stored = [percent(bought[name]) for name in ("plain", "changed")]
             rows.append([change.what, points, *stored, " ".join(map(str, bought["seeds"]))])
-            used.setdefault(source.path, []).extend(bought["commits"])
-            break
+            used.setdefault(path, []).extend(bought["commits"])
     header = [f"`{suite}`", "points", "bytes a task", "with the change", "seeds"]
     told = "; ".join(
         f"`{path}` (commits {', '.join(f'`{commit}`' for commit in dict.fromkeys(commits))})"
