@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from retex_jax.plots import canvas
 
 Points = Sequence[tuple[str, float, Any]]
@@ -83,6 +85,9 @@ def columns(means: Mapping[str, Mapping[str, float]], title: str, unit: str | No
                 canvas.percent_axis(ax.xaxis)
             else:
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(numticks=6))
+                ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                ax.xaxis.set_minor_locator(NullLocator())
                 ax.set_xlabel(unit)
         ax.grid()
         fig.legend(loc="outside upper left", ncols=3)

@@ -10,8 +10,9 @@ each of these seeds, and the table is of the means.
 
 The workdir (workdirs/NAME_compare by default) receives results.json after every method, and report.html with the
 plot of accuracy against bytes. A run that was stopped goes on where it was: rows in results.json that are of the same
-experts, data, options and seeds are kept, whatever the commit; where nothing is left to fit, neither data nor
-experts are read. A method that fails is reported with its error, and the rest go on; the exit status is then 1.
+experts, data, options and seeds are kept, whatever the commit; where nothing is left to fit, the table is printed and
+neither data nor experts are read. A method that fails is reported with its error, and the rest go on; the exit status
+is then 1.
 """
 
 import json
@@ -150,12 +151,13 @@ def _compare(
         rows, searches = previous(path, entries, settings)
         if rows and all(entry.name in rows for entry in entries):
             results = _results(files.read_json(path), entries, rows, searches, {})
-        else:
-            bench = _load(settings)
-            failed = _fit_all(bench, entries, rows, searches, path)
-            if not rows:
-                raise ValueError(f"methods: all failed: {failed}")
-            results = _results(_about(bench), entries, rows, searches, failed)
+            evaluate.print_methods(results["rows"])
+            return results
+        bench = _load(settings)
+        failed = _fit_all(bench, entries, rows, searches, path)
+        if not rows:
+            raise ValueError(f"methods: all failed: {failed}")
+        results = _results(_about(bench), entries, rows, searches, failed)
         _report(workdir, settings, results)
     return results
 
