@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from retex_jax import command_line, experiment, files
 from retex_jax.identify.__main__ import identify
 from retex_jax.unseen.__main__ import evaluate_unseen
+from retex_jax.unseen.__main__ import identity as unseen_identity
 
 Numbers = Mapping[str, Mapping[str, float]]
 """What is said of a row, column and number."""
@@ -94,6 +95,8 @@ def _finished(config: ConfigDict, workdir: Path) -> Mapping[str, Any] | None:
     parts = [split["rows"].keys() for split in known.get("splits", ())]
     is_whole = not known.get("failed") and all(part == parts[0] for part in parts)
     is_ours = known["checkpoint_set"] == experiment.checkpoint_set(settings)
+    if "identity" in known:  # of unseen tasks, whose rows depend on more than the experts
+        is_ours = is_ours and known["identity"] == unseen_identity(settings)
     return known if is_whole and is_ours else None
 
 

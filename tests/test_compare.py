@@ -434,9 +434,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         assert fits == []
         assert "kept 4 rows" in capsys.readouterr().err
         assert after["rows"][:4] == before["rows"] and after["rows"][4]["method"] == "svd"
-        with (
-            monkeypatch.context() as patch
-        ):  # nothing is left to fit: no data and no experts are read
+        with monkeypatch.context() as patch:
+            # Nothing is left to fit: neither data nor experts are read.
             patch.setattr(compare, "_load", None)
             assert compare.compare(config, tmp_path) == after
         config.methods, config.num_seeds = "dare,weight_average", 3  # svd stays in the table

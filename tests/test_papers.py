@@ -191,7 +191,8 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_programs, "identify", identify)
     path = tmp_path / "work/minilm_text8_identify/seed_1/results.json"
     known, halves = json.loads(path.read_text()), [{"rows": {"a": 1, "b": 1}}, {"rows": {"a": 1}}]
-    for part in ({"checkpoint_set": "others"}, {"failed": {"a": "no"}}, {"splits": halves}):
+    others = {"checkpoint_set": "others"}, {"identity": "of other settings"}
+    for part in (*others, {"failed": {"a": "no"}}, {"splits": halves}):
         path.write_text(json.dumps({**known, **part}))
         with pytest.raises(RuntimeError, match="anew in seed_1"):
             script = EXPERIMENTS / "retex_table_7.py"
