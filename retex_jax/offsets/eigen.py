@@ -32,9 +32,10 @@ PROBES = 16
 # The mean of 16 squares of a Gaussian vector's product is below 1/10 of the squared norm with that probability.
 _UNDERESTIMATE = 10.0
 
-# Of the rank: vectors that are kept beyond it, and those that are iterated.
-_KEPT, _ITERATED = 0.1875, 0.5
-_LEAST_KEPT, _LEAST_ITERATED = 16, 24
+# Of the rank: vectors that are kept beyond it, and those that are iterated beyond these. Both blocks are rounded up, so
+# that leaves of almost equal ranks share their compiled programs.
+_KEPT, _ITERATED = 0.1875, 0.3125
+_LEAST_KEPT, _LEAST_ITERATED, _MULTIPLE = 16, 8, 16
 _DEGREE = 12
 _MAX_ROUNDS = 12
 # By how much a filter may enlarge the first eigenvector over the last: what it leaves is to be above rounding.
@@ -73,8 +74,8 @@ def leading(gram: jax.Array, rank: int, tolerance: float) -> Leading | None:
     Returns:
       The subspace, or None where it was not found.
     """
-    kept = min(len(gram), rank + max(_LEAST_KEPT, round(_KEPT * rank)))
-    width = min(len(gram), rank + max(_LEAST_ITERATED, round(_ITERATED * rank)))
+    kept = min(len(gram), _rounded(rank + max(_LEAST_KEPT, round(_KEPT * rank))))
+    width = min(len(gram), _rounded(kept + max(_LEAST_ITERATED, round(_ITERATED * rank))))
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         if len(gram) <= max(MOST_DIRECT, 2 * width):
             return _direct(gram, kept)
@@ -162,6 +163,10 @@ def _decompose(gram: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     return eigenvalues[::-1], vectors[:, ::-1][:, :width].astype(gram.dtype)
 
 
+def _rounded(size: int) -> int:
+    return -(-size // _MULTIPLE) * _MULTIPLE
+
+
 def _direct(gram: jax.Array, width: int) -> Leading:
     eigenvalues, vectors = _decompose(gram, width)
     spectrum = np.asarray(eigenvalues)
@@ -184,7 +189,7 @@ def _iterate(gram: jax.Array, rank: int, kept: int, width: int, tolerance: float
     top, edge = _estimated_edge(gram, basis[:, :PROBES], width / len(gram))
     image = gram @ basis
     for turn in range(_MAX_ROUNDS + 1):
-        edge = max(edge, rounding * top)
+        edge = max(edge, float(rounding) * top)
         growth = np.arccosh(max(2 * top / edge - 1, 1 + 1e-6))
         degree = int(np.clip(np.arccosh(_GROWTH[gram.dtype.name]) / growth, 2, _DEGREE))
         basis, image = _filter(gram, basis, image, top, edge, degree)
@@ -196,7 +201,7 @@ def _iterate(gram: jax.Array, rank: int, kept: int, width: int, tolerance: float
         is_found = bounds.min() - ritz[:rank].sum() <= tolerance / 4 * left
         if is_found or turn == _MAX_ROUNDS or not left > rounding * trace:
             break
-        top, edge = ritz[0], ritz[(kept + width) // 2 - 1]
+        top, edge = float(ritz[0]), float(ritz[(kept + width) // 2 - 1])
     basis, image, values = basis[:, :kept], image[:, :kept], values[:kept]
     defects, error, above, is_below = _prove(gram, basis, image, values, beyond, 2 * ritz[0])
     if not bool(is_below):
