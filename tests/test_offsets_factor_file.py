@@ -1,5 +1,4 @@
 import dataclasses
-import importlib
 
 import jax
 import numpy as np
@@ -10,11 +9,10 @@ from expert_sets import MODEL_IDS, MODELS, expert_set
 
 import retex_jax as rtx
 from retex_jax.mergers import LEAFWISE, MERGERS
-from retex_jax.offsets import exact, factor_file
+from retex_jax.offsets import bases, exact, factor_file
 from retex_jax.offsets.state import check_fits
 
 RETEX = rtx.METHODS["retex"]
-offsets_fit = importlib.import_module("retex_jax.offsets.fit")  # of the package it is the function
 
 
 def assert_same(one, other):
@@ -67,7 +65,7 @@ def test_the_base_is_merged_some_leaves_at_a_time(base, calls, tmp_path, monkeyp
         return merge(experts, **options)
 
     monkeypatch.setitem(MERGERS, base, counted)
-    monkeypatch.setattr(offsets_fit, "_MERGED_BYTES", 1)
+    monkeypatch.setattr(bases, "_MERGED_BYTES", 1)
     got = RETEX.fit(made, rank=4, base=base, file=tmp_path / "offsets.safetensors")
     assert_same(got.merged, want.merged)
     assert [name for names in merged for name in names] == list(made.leaves)

@@ -9,7 +9,7 @@ TOLERANCE = 1e-5
 _ROUNDING = 1e-14
 
 
-def check_settings(sweeps: int, tolerance: float) -> None:
+def check_settings(sweeps: int = SWEEPS, tolerance: float = TOLERANCE) -> None:
     """Checks the settings of an alternating solver.
 
     Raises:

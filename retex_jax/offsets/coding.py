@@ -9,7 +9,9 @@ and give NumPy's arrays or JAX's, and can be traced.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from math import prod
+from operator import or_
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +172,8 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
     xp = packed.__array_namespace__()
     digits = xp.unpackbits(packed, count=count * bits).reshape(count, bits)
     # A product with powers of two takes twice as long to compile.
-    return sum(digits[:, place].astype(xp.int32) << (bits - 1 - place) for place in range(bits))
+    parts = [digits[:, place].astype(xp.int32) << (bits - 1 - place) for place in range(bits)]
+    return reduce(or_, parts)
 
 
 def coded_bytes(size: int, num_scales: int, bits: int) -> int:

@@ -5,10 +5,11 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,19 +17,14 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers import LEAFWISE, MERGERS
 from retex_jax.offsets import (
     activations,
-    adam,
-    affine,
-    alternating,
+    bases,
     differences,
     exact,
     factor_file,
     factor_writer,
-    factorized,
-    shape_shared,
-    tucker,
+    options,
 )
 from retex_jax.offsets import budget as budgets
 from retex_jax.offsets.coding import coded_bytes
@@ -37,18 +33,8 @@ from retex_jax.offsets.generator import LearnedForm
 from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
 from retex_jax.typing import Array, Params
 
-_RANK = 64
 # What a fit with a budget notes in its file, because it costs a pass over the experts.
 _RANKS = "ranks"
-# Of leaves that are merged before they go into the file.
-_MERGED_BYTES = 1 << 26
-
-_EXACT = {
-    "product": exact.fit,
-    "factorized": factorized.fit,
-    "shape_shared": shape_shared.fit,
-    "affine": affine.fit,
-}
 
 
 def fit(
@@ -126,80 +112,54 @@ def fit(
         the leaves below two axes, an option is unknown, out of range or without meaning beside the others
         (all such are listed), or `base` does not fit the experts.
     """
-    problems = _problems(experts, rank, budget, sharing, task_weights, solver)
-    if rank is None:
-        rank = _RANK if budget is None else 1
-    problems += _form_problems(form, task_rank, d_emb, rank, budget, task_weights, solver)
-    problems += _shrinkage_problems(shrinkage, form, d_emb, solver)
-    if file is not None and (solver == "adam" or form != "product" or d_emb is not None):
-        problems.append(
-            f"file: got {file!r}, which solver 'exact' takes with form 'product', without d_emb"
-        )
-    if resume is not None and file is None:
-        problems.append(f"resume: got {resume!r} without a file")
-    if problems:
-        raise ValueError("\n".join(problems))
+    form_options = {"form": form, "task_rank": task_rank, "d_emb": d_emb}
+    options.check(
+        experts,
+        rank=rank,
+        budget=budget,
+        sharing=sharing,
+        task_weights=task_weights,
+        shrinkage=shrinkage,
+        solver=solver,
+        base=base,
+        file=file,
+        resume=resume,
+        solver_options=solver_options,
+        **form_options,
+    )
+    rank = options.default_rank(rank, budget)
+    base_options = base_options or {}
     weighing = None if shrinkage == 1 else require(calibration, activations.NAME, experts.num_tasks)
-    is_tucker = solver == "exact" and d_emb is not None
-    function = adam.fit if solver == "adam" else tucker.fit if is_tucker else _EXACT[form]
-    _check_options(solver_options, function)
-    if function is exact.fit:
-        settings = ("precision", "bits", "vector_bits")
-        given = {name: solver_options[name] for name in settings if name in solver_options}
-        exact.check_settings(**given)
-    if "sweeps" in inspect.signature(function).parameters:
-        alternating.check_settings(
-            solver_options.get("sweeps", alternating.SWEEPS),
-            solver_options.get("tolerance", alternating.TOLERANCE),
-        )
     identity = None
     if file is not None and resume is not None:
         tasks = task_weights if isinstance(task_weights, str) else [*map(float, task_weights)]
         sizes = (rank, rank_rule, orientation, budget, sharing, tasks, shrinkage)
         drawn = None if key is None else jax.random.key_data(key).tolist()
-        bases = base if isinstance(base, str) else None, base_options, drawn
-        options = {name: x for name, x in solver_options.items() if name != "progress"}
-        identity = _identity(experts, resume, sizes, bases, options)
+        merging = base if isinstance(base, str) else None, base_options, drawn
+        given = {name: x for name, x in solver_options.items() if name != "progress"}
+        identity = _identity(experts, resume, sizes, merging, given)
         if (known := factor_file.load_finished(file, identity)) is not None:
             return known
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule, orientation)
-    leafwise = base if file is not None and isinstance(base, str) and base in LEAFWISE else None
-    merged = {} if leafwise else _merge(experts, key, base, base_options or {})
-    if solver == "adam":
-        sizes = {"form": form, "task_rank": task_rank, "d_emb": d_emb}
-        return adam.fit(experts, merged, plans, key=key, **sizes, **solver_options)
-    if d_emb is not None:
-        return tucker.fit(experts, merged, plans, d_emb=d_emb, **solver_options)
-    if task_rank is not None:
-        return factorized.fit(experts, merged, plans, task_rank=task_rank, **solver_options)
-    if form != "product":
-        return _EXACT[form](experts, merged, plans, **solver_options)
+    function = options.solver_function(form, solver, d_emb)
+    if function is not exact.fit:
+        accepted = inspect.signature(function).parameters
+        own = {"key": key, **form_options}
+        own = {name: value for name, value in own.items() if name in accepted}
+        merged = bases.merge(experts, key, base, base_options)
+        return function(experts, merged, plans, **own, **solver_options)
     opened = contextlib.nullcontext()
     if file is not None:
         opened = factor_writer.writing(file, experts.leaves, identity)
     with opened as factors:
-        if factors is not None and leafwise:
-            merged = _merge_into(factors, experts, key, leafwise, base_options or {})
-        elif factors is not None:
-            merged = factors.put_merged(merged)
+        merged = bases.merge(experts, key, base, base_options, factors)
         weights = _weights(experts, merged, task_weights)
         roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
-        if budget is not None and factors is not None and _RANKS in factors.notes:
-            plans = {
-                name: replace(
-                    plans[name], rank=own, orientation=side, task_ranks=ranks and (*ranks,)
-                )
-                for name, (own, side, ranks) in factors.notes[_RANKS].items()
-            }
-        elif budget is not None:
-            plans = _spend(experts, merged, plans, weights, roots, budget, sharing, solver_options)
-            if factors is not None:
-                chosen = {
-                    name: (plan.rank, plan.orientation, plan.task_ranks)
-                    for name, plan in plans.items()
-                }
-                factors.note(_RANKS, chosen)
+        if budget is not None:
+            sizes = (weights, roots, budget, sharing, solver_options)
+            spend = partial(_spend, experts, merged, plans, *sizes)
+            plans = spend() if factors is None else _noted(factors, plans, spend)
         given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
         state = exact.fit(experts, merged, plans, **given)
         if factors is not None:
@@ -212,87 +172,6 @@ def _identity(experts: ExpertSet, *facts: Any) -> str:
     leaves = {name: (spec.shape, str(spec.dtype)) for name, spec in experts.leaves.items()}
     known = (experts.names, experts.layout, leaves, *facts)
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _problems(
-    experts: ExpertSet, rank: Any, budget: Any, sharing: str, task_weights: Any, solver: str
-) -> list[str]:
-    problems = []
-    if solver not in ("exact", "adam"):
-        problems.append(f"solver: got {solver!r}, expected 'exact' or 'adam'")
-    if sharing not in get_args(budgets.Sharing):
-        problems.append(f"sharing: got {sharing!r}, expected one of {get_args(budgets.Sharing)}")
-    if budget is not None and not 0 < budget < float("inf"):
-        problems.append(
-            f"budget: got {budget!r}, expected a fraction of the model, or bytes, a task"
-        )
-    if budget is not None and rank is not None:
-        problems.append(f"rank: got {rank!r} beside budget = {budget!r}, expected one of the two")
-    if budget is None and sharing != "shared":
-        problems.append(f"sharing: got {sharing!r} without a budget, expected 'shared'")
-    if isinstance(task_weights, str):
-        if task_weights not in ("equal", "energy"):
-            problems.append(
-                f"task_weights: got {task_weights!r}, expected 'equal', 'energy' or {experts.num_tasks} numbers"
-            )
-    elif len(task_weights) != experts.num_tasks or not all(
-        0 < weight < float("inf") for weight in task_weights
-    ):
-        problems.append(
-            f"task_weights: got {task_weights!r}, expected {experts.num_tasks} positive numbers"
-        )
-    if solver == "adam" and (budget is not None or _weighted(task_weights)):
-        problems.append("solver: 'adam' takes no budget and no task_weights")
-    return problems
-
-
-def _form_problems(
-    form: str, task_rank: Any, d_emb: Any, rank: Any, budget: Any, task_weights: Any, solver: str
-) -> list[str]:
-    problems = []
-    if form not in get_args(LearnedForm):
-        problems.append(f"form: got {form!r}, expected one of {get_args(LearnedForm)}")
-    elif form != "product":
-        if budget is not None:
-            problems.append(f"budget: got {budget!r} with form = {form!r}, expected 'product'")
-        if _weighted(task_weights):
-            problems.append(
-                f"task_weights: got {task_weights!r} with form = {form!r}, expected 'equal'"
-            )
-    if form != "factorized" and task_rank is not None:
-        problems.append(f"task_rank: got {task_rank!r} with form = {form!r}, expected 'factorized'")
-    elif form == "factorized" and not (_is_count(task_rank) and task_rank < rank):
-        problems.append(f"task_rank: got {task_rank!r}, expected an integer from 1 to {rank - 1}")
-    if d_emb is None or solver == "adam":
-        return problems
-    if not _is_count(d_emb):
-        problems.append(f"d_emb: got {d_emb!r}, expected an integer of 1 or more")
-    if form != "product" or budget is not None or _weighted(task_weights):
-        problems.append(
-            f"d_emb: got {d_emb!r}, which solver 'exact' takes with form 'product', without a budget and "
-            "task_weights"
-        )
-    return problems
-
-
-def _shrinkage_problems(shrinkage: Any, form: str, d_emb: Any, solver: str) -> list[str]:
-    if not 0 < shrinkage <= 1:
-        return [f"shrinkage: got {shrinkage!r}, expected a number above 0, at most 1"]
-    if shrinkage < 1 and (solver == "adam" or form != "product" or d_emb is not None):
-        return [
-            f"shrinkage: got {shrinkage!r}, which solver 'exact' takes with form 'product', without d_emb; "
-            "expected 1"
-        ]
-    return []
-
-
-def _weighted(task_weights: Any) -> bool:
-    return not isinstance(task_weights, str) or task_weights != "equal"
-
-
-def _is_count(value: Any) -> bool:
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_integer and int(value) >= 1
 
 
 def _weights(
@@ -314,6 +193,23 @@ def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
         energies += np.asarray(squares.reshape(experts.num_tasks, -1).sum(axis=1), np.float64)
     # A task without an offset needs nothing, whatever its weight.
     return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
+
+
+def _noted(
+    factors: factor_writer.FactorFile,
+    plans: Mapping[str, LeafPlan],
+    spend: Callable[[], dict[str, LeafPlan]],
+) -> dict[str, LeafPlan]:
+    """The plans with the ranks that the file's earlier fit has noted; or new ones, which it then notes."""
+    if _RANKS in factors.notes:
+        return {
+            name: replace(plans[name], rank=own, orientation=side, task_ranks=ranks and (*ranks,))
+            for name, (own, side, ranks) in factors.notes[_RANKS].items()
+        }
+    chosen = spend()
+    ranks = {name: (plan.rank, plan.orientation, plan.task_ranks) for name, plan in chosen.items()}
+    factors.note(_RANKS, ranks)
+    return chosen
 
 
 def _spend(
@@ -348,75 +244,3 @@ def _spend(
         offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
         measured[name] = budgets.spectra(offsets, weights, sharing)
     return budgets.allocate(plans, measured, total - fixed, bits=bits, sharing=sharing)
-
-
-def _check_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    known = set(inspect.signature(function).parameters) - {
-        "experts",
-        "merged",
-        "plans",
-        "key",
-        "task_weights",
-        "roots",
-        "form",
-        "task_rank",
-        "d_emb",
-        "file",
-    }
-    for name in options:
-        if name not in known:
-            suggestion = tree.did_you_mean(name, known)
-            raise ValueError(f"{name}: no such option, expected {sorted(known)}{suggestion}")
-
-
-def _merge_into(
-    factors: factor_writer.FactorFile,
-    experts: ExpertSet,
-    key: jax.Array,
-    base: str,
-    options: Mapping[str, Any],
-) -> Params:
-    """As `_merge` of one of LEAFWISE, some leaves at a time, which go into the file: no whole model is in memory."""
-    merged: dict[str, Array] = {}
-    for names in _by_bytes(experts):
-        part = _merge(experts.only(names), key, base, options)
-        merged |= tree.flatten(factors.put_merged(part))
-    return tree.unflatten(merged)
-
-
-def _by_bytes(experts: ExpertSet) -> Iterator[list[str]]:
-    """The leaves in groups of `_MERGED_BYTES` or a little more."""
-    group: list[str] = []
-    size = 0
-    for name, spec in experts.leaves.items():
-        group.append(name)
-        size += spec.size * spec.dtype.itemsize
-        if size >= _MERGED_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _merge(
-    experts: ExpertSet, key: jax.Array, base: str | Params, options: Mapping[str, Any]
-) -> Params:
-    if isinstance(base, str):
-        if base not in MERGERS:
-            suggestion = tree.did_you_mean(base, MERGERS)
-            raise ValueError(f"base: got {base!r}, expected one of {sorted(MERGERS)}{suggestion}")
-        return MERGERS[base](experts, key=key, **options)
-    shapes = {name: leaf.shape for name, leaf in tree.flatten(base).items()}
-    wrong = sorted(
-        name
-        for name in {*shapes, *experts.leaves}
-        if name not in shapes
-        or name not in experts.leaves
-        or shapes[name] != experts.leaves[name].shape
-    )
-    if wrong:
-        raise ValueError(f"base: leaves {wrong} do not fit the experts")
-    for name, leaf in tree.flatten(base).items():
-        if tree.is_float(leaf.dtype) and not np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(f"base: {name} has values that are NaN or Inf")
-    return base
