@@ -413,6 +413,15 @@ def test_bad_options(options, message):
         _fit(*references.few_leaves(2), **{"rank": 4, **options})
 
 
+def test_all_bad_options_are_named_at_once():
+    wrong = {"budget": 0.1, "task_weights": [1.0], "base": "tise", "bits": 5, "steps": 3}
+    message = "(?s)" + ".*".join(
+        f"{name}: " for name in ("rank", "task_weights", "base", "steps", "bits")
+    )
+    with pytest.raises(ValueError, match=message):
+        _fit(*references.few_leaves(2), rank=4, **wrong)
+
+
 @pytest.mark.parametrize("task", [-1, 2, np.int64(2), np.array(2)])
 def test_bad_tasks(task):
     state = _fit(*references.few_leaves(2), rank=4)
