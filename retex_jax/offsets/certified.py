@@ -277,19 +277,20 @@ def _products(offsets: jax.Array, probes: jax.Array, dtype: str) -> _Sums:
     """The sums of all tasks; strips of this dtype."""
     parts = _parts(offsets)
     columns = parts.shape[2]
-    starts = range(0, columns, -(-columns // _STRIPS))
-    strips = [jnp.zeros((min(starts.step, columns - at), columns - at), dtype) for at in starts]
+    height = -(-columns // _STRIPS)
 
-    def add(index: int, sums: list[jax.Array]) -> list[jax.Array]:
-        own = parts[index].astype(dtype)
-        return [
-            strip + own[:, start : start + starts.step].T @ own[:, start:]
-            for strip, start in zip(sums, starts, strict=True)
-        ]
+    def strip(start: int) -> jax.Array:
+        size = min(height, columns - start)
+
+        def add(index: int, sums: jax.Array) -> jax.Array:
+            own = parts[index, :, start:].astype(dtype)
+            return sums + own[:, :size].T @ own
+
+        return jax.lax.fori_loop(0, len(parts), add, jnp.zeros((size, columns - start), dtype))
 
     nothing = jnp.zeros(probes.shape), jnp.zeros(())
     exact = _add_exact(nothing, parts.reshape(-1, columns), probes)
-    return _Sums(jax.lax.fori_loop(0, len(parts), add, strips), *exact)
+    return _Sums([strip(start) for start in range(0, columns, height)], *exact)
 
 
 def _add_exact(
