@@ -3,8 +3,8 @@
     python experiments/retex_budget.py --suite=minilm_text8
 
 Each row has one option changed: bits of an entry of the factors, on which side a leaf's shared factor stands, whether
-all tasks share one, and whether errors count by the energy of the task's offsets. The paper's form of as many bytes is
-the first.
+all tasks share one, whether errors count by the energy of the task's offsets, and the merged model. The paper's form of
+as many bytes is the first.
 """
 
 import papers
@@ -23,6 +23,7 @@ def rows(config: papers.ConfigDict) -> papers.Rows:
         "shared factor on the right": {"orientation": "right"},
         "one shared factor a leaf": {"sharing": "shared"},
         "tasks count alike": {"task_weights": "equal"},
+        "over TIES": {"base": "ties", "base_options": papers.TIES.options},
     }
     ours = papers.budgeted(FRACTION).options
     return {
