@@ -46,6 +46,23 @@ def test_the_bound_is_never_below_the_truth(kind, dtype, iterating):
         assert most - np.trace(captured[:RANK, :RANK]) <= 1e-5 * left
 
 
+def test_almost_equal_ranks_share_their_programs(iterating):
+    with jax.enable_x64(True):
+        eigen.leading(gram_of("flat", "float32"), 17, 1e-5)
+        programs = eigen._filter._cache_size()
+        for rank in range(18, 33):
+            eigen.leading(gram_of("flat", "float32"), rank, 1e-5)
+    assert eigen._filter._cache_size() == programs
+
+
+def test_a_gram_matrix_is_summed_beside_little():
+    offsets, probes = jax.ShapeDtypeStruct((8, 768, 3072), jnp.float32), eigen.probes(3072)
+    with jax.enable_x64(True):
+        memory = certified._products.lower(offsets, probes, "float32").compile().memory_analysis()
+    # All strips together are 7/12 of the matrix: they are not held twice, as sums and as products.
+    assert memory.temp_size_in_bytes < 7 / 12 * 4 * 3072**2
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_bound_holds_for_a_matrix_with_an_error(direct, monkeypatch):
     monkeypatch.setattr(eigen, "MOST_DIRECT", 1000 if direct else 0)

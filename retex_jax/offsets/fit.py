@@ -220,9 +220,9 @@ def _spend(
     roots: Mapping[str, Array],
     budget: float,
     sharing: budgets.Sharing,
-    options: Mapping[str, Any],
+    solver_options: Mapping[str, Any],
 ) -> dict[str, LeafPlan]:
-    bits, vector_bits = options.get("bits", 32), options.get("vector_bits", 32)
+    bits, vector_bits = solver_options.get("bits", 32), solver_options.get("vector_bits", 32)
     model_bytes, num_tasks = tree.param_bytes(merged), experts.num_tasks
     vectors = [experts.leaves[name].shape for name in experts.float_leaves if name not in plans]
     # What does not depend on ranks: embeddings, offsets and shared scalars of vectors, the last byte of codes.
