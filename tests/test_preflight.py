@@ -3,6 +3,7 @@ import tiny
 
 from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, plots, preflight
+from retex_jax.data import vision
 
 
 @pytest.fixture
@@ -192,9 +193,24 @@ def test_entry_that_is_missing_is_named(world):
 # What is missing
 
 
+def install_fashion_mnist(folder):
+    """Makes files of its names, which preflight does not read."""
+    folder.mkdir()
+    for stem in ("train-images-idx3", "t10k-images-idx3", "train-labels-idx1", "t10k-labels-idx1"):
+        (folder / f"{stem}-ubyte.gz").touch()
+
+
+@pytest.fixture
+def debian(tmp_path, monkeypatch):
+    """The folder of the Debian package, which is not installed yet."""
+    monkeypatch.setattr(vision, "FASHION_MNIST_ROOT", str(tmp_path / "debian"))
+    return tmp_path / "debian"
+
+
 @pytest.mark.parametrize("module", [demo, dinov2_vision8, minilm_text8])
-def test_missing_names_the_wheels_and_touches_nothing(tmp_path, monkeypatch, module):
+def test_missing_names_the_wheels_and_touches_nothing(tmp_path, monkeypatch, debian, module):
     monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
+    install_fashion_mnist(debian)
     settings = command_line.as_dict(module.get_config())
     specs = {**data.VISION_TASKS, **data.TEXT_TASKS}
     wheels = {wheel for name in settings["tasks"] for wheel in specs[name].wheels}
@@ -209,10 +225,11 @@ def test_missing_names_the_wheels_and_touches_nothing(tmp_path, monkeypatch, mod
     assert not (tmp_path / "cache").exists()
 
 
-def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch):
+def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch, debian):
     monkeypatch.setenv("RETEX_CACHE", str(tmp_path))
     path = tmp_path / "tensorly-0.10.0-py3-none-any.whl"
     path.write_bytes(b"something else")
+    install_fashion_mnist(debian)
     settings = command_line.as_dict(dinov2_vision8.get_config())
     lines = preflight.missing(settings)
     wrong = [line for line in lines if "SHA-256 expected" in line]
@@ -222,7 +239,18 @@ def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"tensorly==0\.10\.0: SHA-256 expected"):
         experiment.fetch(settings)
     assert path.read_bytes() == b"something else"
-    assert list(tmp_path.iterdir()) == [path]
+    assert set(tmp_path.iterdir()) == {path, debian}
+
+
+def test_files_that_no_run_downloads_are_named_before_it(tmp_path, monkeypatch, debian):
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path))
+    config = dinov2_vision8.get_config()
+    config.offsets.rank = 0
+    with pytest.raises(ValueError, match=r"(?s)train-images.*apt-get install.*offsets.rank"):
+        preflight.check(command_line.as_dict(config), offline=True)
+    install_fashion_mnist(tmp_path / "fashion-mnist")
+    lines = preflight.missing(command_line.as_dict(dinov2_vision8.get_config()))
+    assert lines and not any("Fashion" in line for line in lines)
 
 
 def test_missing_says_what_is_wrong_with_the_settings(world):

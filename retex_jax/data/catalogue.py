@@ -48,6 +48,7 @@ VISION_TASKS: dict[str, TaskSpec] = {
         (),
         "Fashion-MNIST (Xiao et al., arXiv:1708.07747), Debian package",
         "MIT",
+        vision.fashion_mnist_problems,
     ),
 }
 

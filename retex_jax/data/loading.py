@@ -36,7 +36,7 @@ def data_set_problems(name: str, root: str | os.PathLike = "") -> list[str]:
     """What keeps a task from being read from local files, with how to get it; nothing is downloaded.
 
     Args:
-      name: of a task; nothing is found wrong with a packaged or unknown one.
+      name: of a task; nothing is found wrong with an unknown one, nor with wheels that can be downloaded.
       root: see `prepared.data_root`.
 
     Returns:
@@ -44,6 +44,8 @@ def data_set_problems(name: str, root: str | os.PathLike = "") -> list[str]:
     """
     if name in DATA_SETS:
         return published.problems(name, root)
+    if name in VISION_TASKS:
+        return VISION_TASKS[name].problems(None)
     return language_problems(name, root) if name in LANGUAGE_TASKS else []
 
 

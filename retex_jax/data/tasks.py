@@ -81,12 +81,14 @@ class TaskSpec:
       wheels: the names in `wheels.WHEELS` of the files that the loader reads.
       source: where the data come from.
       licence: the licence under which they come.
+      problems: what the loader lacks beside wheels, one line each; called like the loader.
     """
 
     loader: Callable[[str | os.PathLike | None], Examples]
     wheels: tuple[str, ...]
     source: str
     licence: str
+    problems: Callable[[str | os.PathLike | None], list[str]] = lambda _: []
 
 
 def content_key(content: np.ndarray | bytes | str) -> Hashable:

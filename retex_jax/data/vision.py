@@ -36,6 +36,7 @@ _ANIMALS = (
     "sheep",
     "zebra",
 )
+_FASHION_FILES = ("train-images-idx3", "t10k-images-idx3", "train-labels-idx1", "t10k-labels-idx1")
 _FASHION = (
     "t-shirt",
     "trouser",
@@ -146,26 +147,27 @@ def fashion_mnist(cache: Cache = None, root: str | os.PathLike | None = None) ->
       RuntimeError: if a file is missing.
       ValueError: if a file is not in the idx format, or truncated.
     """
-    if root is None:
-        own = Path(cache if cache is not None else cache_dir()) / "fashion-mnist"
-        root = own if own.is_dir() else FASHION_MNIST_ROOT
-    folder = Path(root)
-    stems = ("train-images-idx3", "t10k-images-idx3", "train-labels-idx1", "t10k-labels-idx1")
-    paths = {}
-    for stem in stems:
-        found = [p for end in ("", ".gz") if (p := folder / f"{stem}-ubyte{end}").is_file()]
-        paths[stem] = found[0] if found else None
-    missing = [f"{stem}-ubyte.gz" for stem, path in paths.items() if path is None]
-    if missing:
-        raise RuntimeError(
-            f"root={str(folder)!r}: Fashion-MNIST files {', '.join(missing)} not found; "
-            "install them with: apt-get install dataset-fashion-mnist "
-            "(or put them into the folder fashion-mnist of the cache)"
-        )
-    arrays = [_read_idx(path) for path in paths.values()]
+    if problems := fashion_mnist_problems(cache, root):
+        raise RuntimeError("\n".join(problems))
+    paths = _idx_paths(_fashion_root(cache, root))
+    arrays = [_read_idx(paths[stem]) for stem in _FASHION_FILES]
     return Examples(
         np.concatenate(arrays[:2]), np.concatenate(arrays[2:]).astype(np.int64), _FASHION
     )
+
+
+def fashion_mnist_problems(cache: Cache = None, root: str | os.PathLike | None = None) -> list[str]:
+    """Says in one line which files of `fashion_mnist` are missing and how to get them; none is read."""
+    folder = _fashion_root(cache, root)
+    found = _idx_paths(folder)
+    missing = [f"{stem}-ubyte.gz" for stem in _FASHION_FILES if stem not in found]
+    if not missing:
+        return []
+    return [
+        f"root={str(folder)!r}: Fashion-MNIST files {', '.join(missing)} not found; "
+        "install them with: apt-get install dataset-fashion-mnist "
+        "(or put them into the folder fashion-mnist of the cache)"
+    ]
 
 
 def resize(
@@ -232,6 +234,23 @@ def _solar(cache: Cache) -> tuple[list[bytes], list[float], list[str]]:
         rows = [line.split() for line in lines.splitlines() if line.strip()]
         files = [archive.read(folder + row[0]) for row in rows]
     return files, [float(row[1]) for row in rows], [row[2] for row in rows]
+
+
+def _fashion_root(cache: Cache, root: str | os.PathLike | None) -> Path:
+    if root is not None:
+        return Path(root)
+    own = Path(cache if cache is not None else cache_dir()) / "fashion-mnist"
+    return own if own.is_dir() else Path(FASHION_MNIST_ROOT)
+
+
+def _idx_paths(folder: Path) -> dict[str, Path]:
+    """The files of Fashion-MNIST that are there, gzip'd or not, by stem."""
+    return {
+        stem: folder / f"{stem}-ubyte{end}"
+        for end in (".gz", "")
+        for stem in _FASHION_FILES
+        if (folder / f"{stem}-ubyte{end}").is_file()
+    }
 
 
 def _read_idx(path: Path) -> np.ndarray:
