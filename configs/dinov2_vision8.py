@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
     )
     config.finetune.steps = 200
     config.offsets.extra_ranks = (4, 16)
-    config.identifier.layer = 10
+    config.identifier.layer = 6
+    config.identifier.rank = 16
+    config.identifier.options = {"whiten": True}
     config.extra_variants = common.budgeted(0.0025, 0.005, 0.01)
     # Of retex_jax.compare: what fits two CPU cores. The published numbers are 500 and 1000 steps.
     config.method_options.fisher = {"variant": "batch_sum", "num_samples": None}
