@@ -97,6 +97,18 @@ def test_joint_is_tried_where_there_are_several_layers():
     assert "joint: the features are of one layer" in found.trials[1].error
 
 
+def test_joint_is_not_tried_where_its_covariance_would_be_too_large(monkeypatch):
+    calibration, validation = (_by_layer(seed, {1: 3.0, 2: 3.0}) for seed in (1, 2))
+    grid = {"joint": [False, True]}
+    for most, is_tried in ((12, True), (11, False)):
+        monkeypatch.setattr(selection, "MOST_JOINT", most)
+        found = selection.select(
+            "shared_mahalanobis", calibration, validation, grid, layers=[(1, 2)]
+        )
+        assert [trial.score is not None for trial in found.trials] == [True, is_tried]
+    assert found.trials[1].error == "joint: got 12 features, expected at most 11"
+
+
 def test_what_cannot_be_fitted_is_recorded():
     calibration, validation = (_by_layer(seed, {1: 1.0}) for seed in (1, 2))
     found = selection.select("subspace", calibration, validation, {"rank": [6, 2]})

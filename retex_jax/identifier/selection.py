@@ -1,6 +1,7 @@
 """The choice of an identifier's layers and options by identification accuracy on validation features."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from retex_jax.typing import Array, ProgressFn
 
 Layer = int | tuple[int, ...]
 """Block after which features are taken, 0 for the pooled output; or several at once."""
+
+MOST_JOINT = 2304
+"""The most features that are tried jointly: a covariance's root takes the cube of them, and its memory the square."""
 
 FeaturesByLayer = Mapping[int, Sequence[Array]]
 """Layer to T arrays [n_t, d]."""
@@ -115,7 +119,8 @@ def select(
 
     Returns:
       The best and all trials; "layer" is one of the options. A candidate that cannot be fitted, such as a rank
-      that is too large for the inputs, is recorded with its error.
+      that is too large for the inputs, is recorded with its error, and so are joint ones of more than `MOST_JOINT`
+      features.
 
     Raises:
       ValueError: if the identifier, an option or a layer is unknown, the two do not have the same layers and
@@ -161,7 +166,11 @@ def select(
 
     def fit(_: Any, *, key: jax.Array | None, layer: Layer, **options: Any) -> Any:
         if method.random or options.get("joint"):
-            state = method.fit(stacked(calibration, layer), key=key, **options)
+            own = stacked(calibration, layer)
+            width = prod(own[0].shape[1:])
+            if options.get("joint") and width > MOST_JOINT:
+                raise ValueError(f"joint: got {width} features, expected at most {MOST_JOINT}")
+            state = method.fit(own, key=key, **options)
             return [method.scores(state, inputs) for inputs in stacked(validation, layer)]
         each, spreads = zip(*(one_layer(block, options) for block in _blocks(layer)), strict=True)
         return [mean_scores(np.stack(task), np.array(spreads)) for task in zip(*each, strict=True)]
