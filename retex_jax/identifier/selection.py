@@ -1,7 +1,6 @@
 """The choice of an identifier's layers and options by identification accuracy on validation features."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import jax
@@ -166,11 +165,10 @@ def select(
 
     def fit(_: Any, *, key: jax.Array | None, layer: Layer, **options: Any) -> Any:
         if method.random or options.get("joint"):
-            own = stacked(calibration, layer)
-            width = prod(own[0].shape[1:])
+            width = sum(np.shape(calibration[block][0])[-1] for block in _blocks(layer))
             if options.get("joint") and width > MOST_JOINT:
                 raise ValueError(f"joint: got {width} features, expected at most {MOST_JOINT}")
-            state = method.fit(own, key=key, **options)
+            state = method.fit(stacked(calibration, layer), key=key, **options)
             return [method.scores(state, inputs) for inputs in stacked(validation, layer)]
         each, spreads = zip(*(one_layer(block, options) for block in _blocks(layer)), strict=True)
         return [mean_scores(np.stack(task), np.array(spreads)) for task in zip(*each, strict=True)]
