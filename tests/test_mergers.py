@@ -7,6 +7,7 @@ import references
 from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
+from retex_jax import buffers
 from retex_jax import experts as experts_module
 from retex_jax.mergers import leafwise, ties
 
@@ -316,6 +317,27 @@ def test_more_tasks_than_are_unrolled(place):
     }
     for name, (options, want) in wanted.items():
         assert_close(rtx.METHODS[name].fit(made, **options), want)
+
+
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [(1, 1 << 12), (1 << 12, 1 << 12), ((1 << 15) + 1, 1 << 18), ((1 << 18) + 1, (1 << 18) + 1)],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_padded_parts(size, want, dtype):
+    values = np.arange(1, 1 + 2 * size).reshape(2, size).astype(dtype)
+    longer = leafwise.padded(values, slice(0, size))
+    assert longer.shape == (2, want) and longer.dtype == dtype
+    np.testing.assert_array_equal(longer[:, :size], values)
+    assert not np.asarray(longer[:, size:]).any()
+    assert leafwise.padded(values, None) is values
+
+
+def test_parts_are_not_copied_where_nothing_is_added():
+    stack = buffers.scratch(3, 1 << 18)
+    stack[:] = 1.5
+    placed = leafwise.padded(stack, slice(0, 1 << 18))
+    assert placed.unsafe_buffer_pointer() == stack.ctypes.data
 
 
 def test_leaf_functions_under_jit_equal_eager():

@@ -146,15 +146,18 @@ def padded(values: Array, part: slice | None) -> Array:
       part: which part of its leaf it is.
 
     Returns:
-      [..., m], where m >= n is one of a few sizes, or the largest part; the leaf for part None.
+      [..., m], where m >= n is one of a few sizes, or the largest part, and which may lie in the memory of
+      `values`; the leaf for part None.
     """
     if part is None:
         return values
     size = values.shape[-1]
     room = next((bucket for bucket in _PART_SIZES if bucket >= size), size)
-    if room == size:
-        return values
-    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, room - size)])
+    if room > size:
+        longer = aligned_empty([*values.shape[:-1], room], values.dtype)
+        longer[..., :size], longer[..., size:] = values, 0
+        values = longer
+    return jax.device_put(values, may_alias=True)
 
 
 def fold_tasks(
