@@ -56,10 +56,7 @@ def measure(config: papers.ConfigDict, workdir: Path) -> Mapping[str, Any]:
     backbone, tasks = experiment.load(settings)
     collected = collection.collect(settings, backbone, tasks)
     bench = Bench(settings, backbone, tasks, collected, logging.Clock())
-    count, size = settings["evaluate"]["routed_inputs"], bench.suite.batch_size
-    few = bench.suite._replace(
-        tasks=[protocols.first_inputs(task, count, "test") for task in tasks]
-    )
+    few, size = bench.routed, bench.suite.batch_size
     mixed = protocols.mixed_test(few.tasks, few.seed)
     batch = data.trim({name: mixed[name][:size] for name in backbone.model.example_batch()})
 
@@ -117,8 +114,7 @@ def routed(
     method, model = METHODS[entry.method], bench.calibrations["test"]
     options = {**entry.options, **bench.data_options(entry)}
     state = method.fit(bench.experts(None), key=bench.key(0), **options)
-    count = bench.settings["evaluate"]["routed_inputs"]
-    row = evaluate.routed_row(bench.suite, entry.method, "", state, model, count, 0.0)
+    row = evaluate.routed_row(bench.routed, entry.method, "", state, model, 0.0)
     return lambda: jax.block_until_ready(method.predict(state, model, batch)), row
 
 

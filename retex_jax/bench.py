@@ -54,6 +54,12 @@ class Bench:
         count = self.settings["search"]["num_inputs"]
         return protocols.validation(self.suite, count, self.collected.experts.expert_params)
 
+    @cached_property
+    def routed(self) -> protocols.Suite:
+        """What methods that mix experts by input are evaluated on."""
+        count = self.settings["evaluate"]["routed_inputs"]
+        return protocols.first_tests(self.suite, count, self.collected.experts.expert_params)
+
     def data_options(self, entry: Entry) -> dict[str, Any]:
         """The keywords of a fit that needs data."""
         split = NEEDS[entry.fit_needs]
@@ -115,7 +121,7 @@ def fit_row(
     method, clock = METHODS[entry.method], bench.clock
     options = {**entry.options, **chosen, **bench.data_options(entry)}
     experts, numbers, rows = bench.experts(entry.origin), seeds(entry, bench.settings), []
-    names = (bench.suite, entry.method, entry.variant(chosen))
+    names = (entry.method, entry.variant(chosen))
     for done, seed in enumerate(numbers, start=1):
         before = clock.seconds.get("fit", 0.0)
         with clock("fit"):
@@ -124,11 +130,10 @@ def fit_row(
         seconds = clock.seconds["fit"] - before
         with clock("evaluate"):
             if method.predict is None:
-                rows.append(evaluate.known_row(*names, state, seconds))
+                rows.append(evaluate.known_row(bench.suite, *names, state, seconds))
             else:
-                count = bench.settings["evaluate"]["routed_inputs"]
                 inputs = bench.calibrations["test"]
-                rows.append(evaluate.routed_row(*names, state, inputs, count, seconds))
+                rows.append(evaluate.routed_row(bench.routed, *names, state, inputs, seconds))
         leaves = method.leaves(state) if method.leaves else None
         del state  # some hold all experts
         update(entry.num_candidates + done, seed=f"{done}/{len(numbers)}")

@@ -100,30 +100,27 @@ def routed_row(
     variant: str,
     state: Any,
     model: Any,
-    num_inputs: int,
     seconds_fit: float,
 ) -> dict[str, Any]:
     """Evaluates a method that mixes experts by input, on shuffled inputs of all tasks with known heads.
 
     Args:
-      suite: what to evaluate on.
+      suite: what to evaluate on, see `protocols.first_tests`.
       method: with `predict`.
       variant: for the row.
       state: fitted.
       model: functions of the model, such as a `Calibration`.
-      num_inputs: of each task's test split, the first.
       seconds_fit: for the row.
 
     Returns:
-      A row of results.json.
+      A row of results.json, with "individual", the experts' accuracies on the same inputs.
     """
     entry = METHODS[method]
     if any(recovery.has_choices(task.splits["test"]) for task in suite.tasks):
         raise ValueError(
             f"method: {method!r} gives features of inputs, expected tasks with heads, not questions"
         )
-    tasks = [protocols.first_inputs(task, num_inputs, "test") for task in suite.tasks]
-    mixed = protocols.mixed_test(tasks, suite.seed)
+    mixed = protocols.mixed_test(suite.tasks, suite.seed)
     read = suite.model.example_batch()
     inputs = {name: array for name, array in mixed.items() if name in read}
     features = np.concatenate(
@@ -133,11 +130,12 @@ def routed_row(
         ]
     )
     accuracy = {}
-    for index, task in enumerate(tasks):
+    for index, task in enumerate(suite.tasks):
         rows = mixed["task"] == index
         outputs = recovery.logits(suite.heads[index], features[rows])
         accuracy[task.name] = metrics.score(task.metric, outputs, mixed["label"][rows])
-    return result_row(
+    num_inputs = max(len(task.splits["test"]["label"]) for task in suite.tasks)
+    row = result_row(
         method,
         f"{variant}, {num_inputs} inputs a task".removeprefix(", "),
         accuracy,
@@ -145,10 +143,11 @@ def routed_row(
         task_known=False,
         head_known=True,
         needs=entry.needs,
-        bytes_per_task=entry.extra_bytes(state) / len(tasks),
+        bytes_per_task=entry.extra_bytes(state) / len(suite.tasks),
         model_bytes=tree.param_bytes(entry.recover(state, 0)),
         seconds_fit=seconds_fit,
     )
+    return {**row, "individual": dict(suite.individual)}
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:

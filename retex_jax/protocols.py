@@ -103,8 +103,25 @@ def validation(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) 
     """
     tasks = [first_inputs(task, num_inputs, "val") for task in suite.tasks]
     size = min(suite.batch_size, max(len(task.splits["val"]["label"]) for task in tasks))
-    cut = suite._replace(tasks=tasks, batch_size=size, individual={})
+    cut = suite._replace(tasks=tasks, batch_size=size)
     return cut._replace(individual=known(cut, recover, "val"))
+
+
+def first_tests(suite: Suite, num_inputs: int, recover: Callable[[int], Params]) -> Suite:
+    """The suite of a few test inputs.
+
+    Args:
+      suite: what methods are evaluated on.
+      num_inputs: of each task's test split, the first.
+      recover: task id -> the expert's own parameters.
+
+    Returns:
+      Tasks that have a split "test" only, and `individual` the experts' accuracies on it: on few inputs they are
+      others than on all.
+    """
+    tasks = [first_inputs(task, num_inputs, "test") for task in suite.tasks]
+    cut = suite._replace(tasks=tasks)
+    return cut._replace(individual=known(cut, recover))
 
 
 def mixed_test(tasks: Sequence[data.Task], seed: int) -> dict[str, np.ndarray]:

@@ -327,8 +327,10 @@ def test_difference_vectors_are_of_the_averaged_model(bench):
     assert row["variant"] == "from=weight_average"
 
 
-def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypatch):
-    """A method that sends every input to one expert has that expert's accuracies."""
+@pytest.mark.parametrize("num_inputs", [5, 10**6])
+def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypatch, num_inputs):
+    """A method that sends every input to one expert has that expert's accuracies, and is measured by the experts'
+    own on the same inputs."""
     run, collected, calibrations = calibrated
     params = collected.experts.expert_params(2)
 
@@ -340,9 +342,19 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
         None, lambda state, task: params, "none", lambda state: 30, predict=predict
     )
     monkeypatch.setitem(METHODS, "fixed", fixed)
-    suite = collection.make_suite(run.settings, run.backbone, run.tasks, collected)
-    row = evaluate.routed_row(suite, "fixed", "", None, calibrations["test"], 10**6, 1.5)
+    whole = collection.make_suite(run.settings, run.backbone, run.tasks, collected)
+    suite = protocols.first_tests(whole, num_inputs, collected.experts.expert_params)
+    tests = [task.splits["test"]["label"][:num_inputs] for task in run.tasks]
+    for task, labels in zip(suite.tasks, tests, strict=True):
+        np.testing.assert_array_equal(task.splits["test"]["label"], labels)
+    assert suite.individual == protocols.known(suite, collected.experts.expert_params)
+    row = evaluate.routed_row(suite, "fixed", "", None, calibrations["test"], 1.5)
     assert row["accuracy"] == protocols.known(suite, lambda task: params)
+    assert row["individual"] == suite.individual
+    third = run.tasks[2].name
+    assert row["accuracy"][third] == suite.individual[third]
+    ratios = [row["accuracy"][task] / own for task, own in suite.individual.items()]
+    np.testing.assert_allclose(row["normalized_accuracy"], np.mean(ratios), rtol=1e-12)
     assert (row["task_known"], row["head_known"]) == (False, True)
     assert row["bytes_per_task"] == 10
 
@@ -458,6 +470,20 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         ]
         assert fits == ["weight_average"]
         assert "is replaced" in capsys.readouterr().err
+
+
+def test_routed_rows_that_were_measured_by_other_inputs_are_not_kept(tmp_path):
+    settings = command_line.as_dict(tiny.get_config())
+    measures = dict.fromkeys(evaluate.MEASURES, 1.0)
+    rows = [
+        {"entry": "emr", "method": "emr", "seeds": [0], **measures},
+        {"entry": "twin", "method": "twin", "seeds": [0], **measures},
+        {"entry": "dawin", "method": "dawin", "seeds": [0], "individual": {}, **measures},
+    ]
+    path = tmp_path / "results.json"
+    found = {"identity": compare.identity(settings), "rows": rows, "searches": {}}
+    path.write_text(json.dumps(found))
+    assert list(compare.previous(path, [], settings)[0]) == ["emr", "dawin"]
 
 
 def test_a_method_that_fails_is_reported_and_the_rest_go_on(

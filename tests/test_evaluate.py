@@ -160,7 +160,7 @@ def test_methods_that_mix_by_input_refuse_questions(run):
     asked = data.Task("asked", (), {"test": arrays}, "", "")
     suite = tiny.suite(run)._replace(tasks=[asked, *run.tasks[1:]])
     with pytest.raises(ValueError, match="method: 'twin' gives features of inputs"):
-        evaluate.routed_row(suite, "twin", "", None, None, 4, 0.0)
+        evaluate.routed_row(suite, "twin", "", None, None, 0.0)
 
 
 # Nothing that predicts sees the true task
