@@ -206,11 +206,12 @@ def _soft_by_input(case: Case) -> Made:
 
 
 def _by_task(case: Case, *, is_soft: bool) -> Made:
+    """Weights of unseen tasks from their training inputs; of seen ones, to which these calibrate, from validation."""
     state = case.offsets[0]
     weights = {}
     for task in (*case.seen, *case.unseen):
-        scores = case.scores(task, "train")
-        each = _soft(case, task, "train") if is_soft else seen_weights.hard(scores)
+        split = "val" if task in case.seen else "train"
+        each = _soft(case, task, split) if is_soft else seen_weights.hard(case.scores(task, split))
         weights[task] = seen_weights.of_task(each)
     features = transfer.of_params(case.world, lambda task: offsets.mix(state, weights[task]))
     facts = _soft_facts(case) if is_soft else {}
