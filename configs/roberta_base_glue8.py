@@ -47,4 +47,5 @@ def get_config(experts: str = "") -> ConfigDict:
         for task in config.tasks
     )
     config.offsets.rank = 256
+    config.method_options.t_switch = {"drop": 0.7}
     return common.own(config, experts)

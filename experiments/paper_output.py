@@ -20,7 +20,6 @@ from retex_jax.huggingface import MODEL_NAME  # noqa: E402
 RESULTS = ROOT / "experiments/results/papers"
 ROWS = RESULTS / "rows"
 INDEX = ROOT / "experiments/README.md"
-SEEDS = [0, 1, 2]
 
 
 def load(suite: str) -> ConfigDict:
@@ -58,7 +57,7 @@ def save(
     if args.out == RESULTS:
         shows = docstring(script).splitlines()[0]
         command = f"python experiments/{name}.py --suite={args.suite}"
-        seeds = "" if args.seeds in ([], SEEDS) else f" --seeds {' '.join(map(str, args.seeds))}"
+        seeds = f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""
         _list(command, seeds, shows, time.perf_counter() - started)
 
 
@@ -93,16 +92,29 @@ def parse(shows: str, arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seeds",
         type=int,
         nargs="+",
-        help="of the experts, 0 1 2 where none are given; experts that are snapshots have none",
+        help="of the experts, 0 if not given; one whose rows are not kept needs its experts, which are fine-tuned "
+        "first where they are not cached; experts that are snapshots have none",
     )
-    parser.add_argument("--workdir", type=Path, default=ROWS, help="where rows are kept")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="receives SUITE/NAME.csv and .svg"
+        "--workdir",
+        type=Path,
+        default=ROWS,
+        help=f"where rows are kept, {_shown(ROWS)} if not given",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help=f"receives SUITE/NAME.csv and .svg, {_shown(RESULTS)} if not given",
     )
     args = parser.parse_args(arguments)
     if args.seeds is None:
-        args.seeds = [] if load(args.suite).model.name == MODEL_NAME else SEEDS
+        args.seeds = [] if load(args.suite).model.name == MODEL_NAME else [0]
     return args
+
+
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def number(value: Any) -> str:

@@ -329,7 +329,7 @@ def test_the_index_holds_one_line_a_run(tmp_path, monkeypatch):
 def test_snapshots_are_compared_once():
     """Their experts have no seeds; what is asked for is kept, and refused by the comparison."""
     assert paper_output.parse("", ["--suite=vit_b32_8"]).seeds == []
-    assert paper_output.parse("", ["--suite=demo"]).seeds == [0, 1, 2]
+    assert paper_output.parse("", ["--suite=demo"]).seeds == [0]
     assert paper_output.parse("", ["--suite=demo", "--seeds", "4"]).seeds == [4]
     row = {"entry": "ties", "accuracy": {"dtd": 0.5}, "commit": "abc", "amr": 0.25}
     results = {"tasks": ["dtd"], "individual": {"dtd": 0.75}}
