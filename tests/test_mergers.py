@@ -151,7 +151,7 @@ def test_thresholds_are_exact_where_the_sample_misleads(density, first, monkeypa
 def test_thresholds_are_exact_with_few_bins(density, monkeypatch):
     """Patterns are found in several rounds, and counted in several portions of each."""
     monkeypatch.setattr(ties, "_BINS", 128)
-    monkeypatch.setattr(experts_module, "_PART", 512)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (512,))
     values = np.random.default_rng(7).normal(size=(3, 4000)).astype(np.float32)
     experts = [{"a": row} for row in values]
     found = ties.thresholds(expert_set({"a": np.zeros(4000, np.float32)}, experts), density)
@@ -175,7 +175,7 @@ def test_parts_do_not_change_the_result(name, dtype, model, monkeypatch):
         references.few_leaves(8, dtype=dtype) if model is references.few_leaves else model(8)
     )
     want = _merge(name, pretrained, experts, **MERGERS[name])
-    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (16,))
     parts = expert_set(pretrained, experts).parts("dense/kernel")
     assert len(parts) > 1
     found = _merge(name, pretrained, experts, **MERGERS[name])
