@@ -319,6 +319,21 @@ def test_more_tasks_than_are_unrolled(place):
         assert_close(rtx.METHODS[name].fit(made, **options), want)
 
 
+@pytest.mark.parametrize("name", ["weight_average", "task_arithmetic"])
+def test_parts_are_added_before_their_memory_is_read_into_again(name, monkeypatch):
+    """Of parts that are not padded, JAX adds the very memory that the next experts are read into."""
+    monkeypatch.setattr(leafwise, "_MOST_UNROLLED", 4)
+    size = leafwise.PART_SIZES[0]
+    monkeypatch.setattr(experts_module, "PART_SIZES", (size,))
+    rng = np.random.default_rng(8)
+    pretrained, *experts = [
+        {"a": rng.integers(-8, 9, 40 * size).astype(np.float32)} for _ in range(1 + 40)
+    ]
+    options = MERGERS[name]
+    want = getattr(references, name)(pretrained, experts, **options)
+    assert_close(_merge(name, pretrained, experts, **options), want)
+
+
 @pytest.mark.parametrize(
     ("size", "want"),
     [(1, 1 << 12), (1 << 12, 1 << 12), ((1 << 15) + 1, 1 << 18), ((1 << 18) + 1, (1 << 18) + 1)],
