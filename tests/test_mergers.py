@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -148,15 +150,35 @@ def test_thresholds_are_exact_where_the_sample_misleads(density, first, monkeypa
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
-def test_thresholds_are_exact_with_few_bins(density, monkeypatch):
-    """Patterns are found in several rounds, and counted in several portions of each."""
+@pytest.mark.parametrize("part", [512, 4096])
+def test_thresholds_are_exact_with_few_bins(density, part, monkeypatch):
+    """Patterns are found in several rounds, and counted in several portions of each, or in one with the last part."""
     monkeypatch.setattr(ties, "_BINS", 128)
-    monkeypatch.setattr(experts_module, "PART_SIZES", (512,))
+    monkeypatch.setattr(experts_module, "PART_SIZES", (part,))
     values = np.random.default_rng(7).normal(size=(3, 4000)).astype(np.float32)
     experts = [{"a": row} for row in values]
     found = ties.thresholds(expert_set({"a": np.zeros(4000, np.float32)}, experts), density)
     want = -np.sort(-np.abs(values), axis=1)[:, int(density * 4000) - 1]
     np.testing.assert_array_equal(found, want)
+
+
+def test_thresholds_of_many_tasks_take_little_memory(monkeypatch):
+    """Of a sample that misleads, half of all patterns are between the brackets."""
+    monkeypatch.setattr(ties, "_SAMPLE", 64)
+    monkeypatch.setattr(ties, "_ALL_BINS", 1 << 15)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (1 << 12,))
+    size = 1 << 17
+    values = np.random.default_rng(9).normal(size=(8, size)).astype(np.float32)
+    made = expert_set({"a": np.zeros(size, np.float32)}, [{"a": row} for row in values])
+    tracemalloc.start()
+    try:
+        found = ties.thresholds(made, 0.2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    want = -np.sort(-np.abs(values), axis=1)[:, int(0.2 * size) - 1]
+    np.testing.assert_array_equal(found, want)
+    assert peak < values.nbytes / 2
 
 
 @pytest.mark.parametrize("options", [{}, {"merge": "sum"}])
