@@ -33,6 +33,7 @@ from retex_jax.sources import (
 from retex_jax.typing import Array, Layout, Params
 
 __all__ = [
+    "PART_SIZES",
     "ExpertSet",
     "SafetensorsSource",
     "Source",
@@ -41,12 +42,14 @@ __all__ = [
     "task_vectors",
 ]
 
-# Elements of a part: 1 MiB of float32 an expert, so that the parts of all experts stay in the cache, and a
-# multiple of 8, so that masks are packed in parts as they are whole.
-_PART = 1 << 18
-# Elements of a part of all experts, where they are many, and the least of a part.
+PART_SIZES = (1 << 12, 1 << 15, 1 << 18)
+"""Elements of a part but for a leaf's last: few sizes, as mergers compile for each of them.
+
+The largest is 1 MiB of float32 an expert, so that the parts of all experts stay in the cache. All are multiples
+of 8, so that masks are packed in parts as they are whole.
+"""
+# Elements of a part of all experts, where they are many.
 _PARTS = 1 << 23
-_LEAST_PART = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,8 @@ class ExpertSet:
         if any(mapped(source, name) is None for source in sources):
             return [None]
         size = math.prod(self.leaves[name].shape)
-        step = min(_PART, max(_LEAST_PART, _PARTS // self.num_tasks // 8 * 8))
+        most = max(PART_SIZES[0], _PARTS // self.num_tasks)
+        step = max(size for size in PART_SIZES if size <= most)
         return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
     def pretrained(self, name: str, part: slice | None = None) -> Array:

@@ -180,7 +180,7 @@ def test_keys_leaves_and_tasks_have_masks_of_their_own():
 
 
 def test_dropped_experts_read_alike_in_every_way(monkeypatch):
-    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (16,))
     pretrained, experts = references.few_leaves(2, dtype=np.float16)
     found = dare.dropped(expert_set(pretrained, experts), KEY, 0.5)
     name = "dense/kernel"

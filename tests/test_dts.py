@@ -268,7 +268,7 @@ def test_chunks_do_not_matter():
         assert_close(dts.recover(first, task), references.flat(dts.recover(second, task)))
 
 
-def _count(pretrained, ratio, grouping):
+def _count(pretrained, ratio, grouping, levels=2):
     """(bytes stored for a task, thresholded elements, other numbers, parameters)."""
     stored = elements = numbers = parameters = 0
     for name, leaf in pretrained.items():
@@ -283,11 +283,11 @@ def _count(pretrained, ratio, grouping):
             stored += 4 * (rank + 8 * sets)
             for side in sides:
                 elements += rank * side
-                stored += 2 * ceil(rank * side / 8)
+                stored += levels * ceil(rank * side / 8)
         elif leaf.ndim:
             numbers += 4
             elements += leaf.size
-            stored += 16 + 2 * ceil(leaf.size / 8)
+            stored += 16 + levels * ceil(leaf.size / 8)
         else:
             numbers += 1
             stored += 4
@@ -307,20 +307,22 @@ def test_bytes_and_the_papers_accounting(grouping):
 
 
 @pytest.mark.parametrize("grouping", ["matrix", "vector"])
+@pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 5.0])
-def test_the_budget_is_used_and_kept(grouping, share):
+def test_the_budget_is_used_and_kept(grouping, levels, share):
     pretrained, experts = references.flax_model(2)
-    budget = share * _count(pretrained, 1, grouping)[0]
+    kept = {"grouping": grouping, "levels": levels}
+    budget = share * _count(pretrained, 1, **kept)[0]
     model_bytes = sum(leaf.nbytes for leaf in pretrained.values())
     ratios = {Fraction(rank, side) for side in (1, 5, 6, 9, 10) for rank in range(1, side + 1)}
-    counts = {ratio: _count(pretrained, ratio, grouping)[0] for ratio in ratios}
+    counts = {ratio: _count(pretrained, ratio, **kept)[0] for ratio in ratios}
     fitting = [ratio for ratio in ratios if counts[ratio] <= budget]
     if not fitting:
         with pytest.raises(ValueError, match="bytes_per_task, amr: leave"):
-            _fit(pretrained, experts, grouping=grouping, bytes_per_task=budget)
+            _fit(pretrained, experts, **kept, bytes_per_task=budget)
         return
     for options in ({"bytes_per_task": budget}, {"amr": budget / model_bytes}):
-        state = _fit(pretrained, experts, grouping=grouping, **options)
+        state = _fit(pretrained, experts, **kept, **options)
         assert dts.extra_bytes(state) == 2 * counts[max(fitting)]
 
 

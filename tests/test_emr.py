@@ -42,7 +42,7 @@ def test_against_the_definition(model, variant):
 def test_parts_do_not_change_the_result(variant, monkeypatch):
     pretrained, experts = references.few_leaves(8)
     want = _fit(pretrained, experts, variant=variant)
-    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (16,))
     monkeypatch.setattr(emr, "_ROW", 16)
     found = _fit(pretrained, experts, variant=variant)
     np.testing.assert_allclose(found.rescalers, want.rescalers, rtol=1e-6)

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import retex_jax as rtx
 from retex_jax import experts as experts_module
+from retex_jax.mergers import leafwise
 
 
 def _from_flat(pretrained, experts, **options):
@@ -340,7 +341,7 @@ def test_safetensors_leaves_are_read_one_by_one(tmp_path, monkeypatch):
 
 
 def test_parts_of_files_and_trees(tmp_path, monkeypatch):
-    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (16,))
     pretrained, experts = references.flax_model(2)
     path, paths = _files(tmp_path, pretrained, experts)
     files = rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
@@ -357,6 +358,20 @@ def test_parts_of_files_and_trees(tmp_path, monkeypatch):
                 assert {piece.dtype for piece in pieces} == {np.dtype(np.float32)}
                 whole = np.asarray(read(name)).reshape(2, -1)
                 np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "want"),
+    [(32, 1 << 18), (33, 1 << 15), (256, 1 << 15), (257, 1 << 12), (4096, 1 << 12)],
+)
+def test_parts_of_many_experts_need_no_padding(num_tasks, want):
+    pretrained = {"a": np.zeros((1 << 18) + 1, np.float32)}
+    expert_set = rtx.ExpertSet.from_trees(pretrained, [pretrained] * num_tasks, check_finite=False)
+    *parts, last = expert_set.parts("a")
+    assert {part.stop - part.start for part in parts} == {want}
+    assert last.stop - last.start == 1
+    padded = leafwise.padded(np.zeros((1, want), np.float32), parts[0])
+    assert padded.shape == (1, want)
 
 
 def test_what_is_not_in_host_memory_is_read_whole(tmp_path):

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -148,15 +150,35 @@ def test_thresholds_are_exact_where_the_sample_misleads(density, first, monkeypa
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
-def test_thresholds_are_exact_with_few_bins(density, monkeypatch):
-    """Patterns are found in several rounds, and counted in several portions of each."""
+@pytest.mark.parametrize("part", [512, 4096])
+def test_thresholds_are_exact_with_few_bins(density, part, monkeypatch):
+    """Patterns are found in several rounds, and counted in several portions of each, or in one with the last part."""
     monkeypatch.setattr(ties, "_BINS", 128)
-    monkeypatch.setattr(experts_module, "_PART", 512)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (part,))
     values = np.random.default_rng(7).normal(size=(3, 4000)).astype(np.float32)
     experts = [{"a": row} for row in values]
     found = ties.thresholds(expert_set({"a": np.zeros(4000, np.float32)}, experts), density)
     want = -np.sort(-np.abs(values), axis=1)[:, int(density * 4000) - 1]
     np.testing.assert_array_equal(found, want)
+
+
+def test_thresholds_of_many_tasks_take_little_memory(monkeypatch):
+    """Of a sample that misleads, half of all patterns are between the brackets."""
+    monkeypatch.setattr(ties, "_SAMPLE", 64)
+    monkeypatch.setattr(ties, "_ALL_BINS", 1 << 15)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (1 << 12,))
+    size = 1 << 17
+    values = np.random.default_rng(9).normal(size=(8, size)).astype(np.float32)
+    made = expert_set({"a": np.zeros(size, np.float32)}, [{"a": row} for row in values])
+    tracemalloc.start()
+    try:
+        found = ties.thresholds(made, 0.2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    want = -np.sort(-np.abs(values), axis=1)[:, int(0.2 * size) - 1]
+    np.testing.assert_array_equal(found, want)
+    assert peak < values.nbytes / 2
 
 
 @pytest.mark.parametrize("options", [{}, {"merge": "sum"}])
@@ -175,7 +197,7 @@ def test_parts_do_not_change_the_result(name, dtype, model, monkeypatch):
         references.few_leaves(8, dtype=dtype) if model is references.few_leaves else model(8)
     )
     want = _merge(name, pretrained, experts, **MERGERS[name])
-    monkeypatch.setattr(experts_module, "_PART", 16)
+    monkeypatch.setattr(experts_module, "PART_SIZES", (16,))
     parts = expert_set(pretrained, experts).parts("dense/kernel")
     assert len(parts) > 1
     found = _merge(name, pretrained, experts, **MERGERS[name])
@@ -317,6 +339,21 @@ def test_more_tasks_than_are_unrolled(place):
     }
     for name, (options, want) in wanted.items():
         assert_close(rtx.METHODS[name].fit(made, **options), want)
+
+
+@pytest.mark.parametrize("name", ["weight_average", "task_arithmetic"])
+def test_parts_are_added_before_their_memory_is_read_into_again(name, monkeypatch):
+    """Of parts that are not padded, JAX adds the very memory that the next experts are read into."""
+    monkeypatch.setattr(leafwise, "_MOST_UNROLLED", 4)
+    size = leafwise.PART_SIZES[0]
+    monkeypatch.setattr(experts_module, "PART_SIZES", (size,))
+    rng = np.random.default_rng(8)
+    pretrained, *experts = [
+        {"a": rng.integers(-8, 9, 40 * size).astype(np.float32)} for _ in range(1 + 40)
+    ]
+    options = MERGERS[name]
+    want = getattr(references, name)(pretrained, experts, **options)
+    assert_close(_merge(name, pretrained, experts, **options), want)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from references_masks import assert_close, assert_like, other_buffers
 import retex_jax as rtx
 from retex_jax import models, tree
 from retex_jax.calibration import Calibration, gram
-from retex_jax.mergers import regmean
+from retex_jax.mergers import leafwise, regmean
 from retex_jax.models.interception import linear_inputs
 
 KERNELS = ("dense/kernel", "second/kernel")
@@ -169,7 +169,7 @@ def test_a_pass_over_the_data_for_each_group():
             passes.append(len(self))
             return super().__iter__()
 
-    needed = 12 * 12**2 + 8 * 12 * 10  # of one of the two kernels
+    needed = 12 * 12**2 + 16 * 12 * 10  # of one of the two kernels
     for group_bytes, groups in ((2 * needed, 1), (2 * needed - 1, 2), (1, 2)):
         calibration = _calibration(examples)
         counted = [Counted(batches) for batches in calibration.batches]
@@ -180,6 +180,20 @@ def test_a_pass_over_the_data_for_each_group():
             expert_set(pretrained, experts), calibration=calibration, group_bytes=group_bytes
         )
         assert len(passes) == 2 + 1 + 2 * groups
+
+
+def test_experts_are_never_stacked_whole(monkeypatch):
+    stacks = []
+    stacked = rtx.ExpertSet.stacked
+    monkeypatch.setattr(leafwise, "_MOST_UNROLLED", 2)
+    monkeypatch.setattr(
+        rtx.ExpertSet,
+        "stacked",
+        lambda self, *args: stacks.append(self.num_tasks) or stacked(self, *args),
+    )
+    pretrained, experts = references.few_leaves(8)
+    _merge(pretrained, experts, references_fisher.inputs(8))
+    assert max(stacks) == 2
 
 
 def test_a_kernel_of_four_axes_reads_flattened_inputs():

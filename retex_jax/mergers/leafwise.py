@@ -13,14 +13,13 @@ import numpy as np
 
 from retex_jax import tree
 from retex_jax.buffers import aligned_empty
-from retex_jax.experts import ExpertSet
+from retex_jax.experts import PART_SIZES, ExpertSet
 from retex_jax.typing import Array, Params
 
 _Result = TypeVar("_Result")
 
 _MAX_THREADS = 8  # a thread holds a few parts' stacks
 _MOST_UNROLLED = 32  # tasks
-_PART_SIZES = (1 << 12, 1 << 15, 1 << 18)  # entries
 _STACK = 1 << 24  # entries of whole leaves of experts that are added at once, or one leaf
 
 
@@ -152,7 +151,7 @@ def padded(values: Array, part: slice | None) -> Array:
     if part is None:
         return values
     size = values.shape[-1]
-    room = next((bucket for bucket in _PART_SIZES if bucket >= size), size)
+    room = next((bucket for bucket in PART_SIZES if bucket >= size), size)
     if room > size:
         longer = aligned_empty([*values.shape[:-1], room], values.dtype)
         longer[..., :size], longer[..., size:] = values, 0

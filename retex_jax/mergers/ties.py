@@ -27,7 +27,10 @@ from retex_jax.mergers.leafwise import (
 )
 from retex_jax.typing import Array, Params
 
+# Bins of a histogram, at most and, of many tasks, at least; and those of all tasks' histograms.
 _BINS = 1 << 20
+_LEAST_BINS = 1 << 12
+_ALL_BINS = 1 << 23
 _ALL = 1 << 31  # bit patterns of magnitudes
 _SAMPLE = 1 << 17
 _CANCELLED = 2  # instead of a sign
@@ -136,7 +139,7 @@ def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
     keep = max(1, int(density * size))
     low, high = _sampled_brackets(experts, keep / size, size)
     while True:
-        shift = _shift(high - low)
+        shift = _shift(high - low, _most_bins(experts.num_tasks))
         counts, above = _histograms(experts, low, high, shift)
         at_least = above[:, None] + counts[:, ::-1].cumsum(axis=1)[:, ::-1]
         chosen = (at_least >= keep).sum(axis=1) - 1
@@ -147,9 +150,14 @@ def thresholds(experts: ExpertSet, density: float) -> np.ndarray:
             return low.astype(np.uint32).view(np.float32)
 
 
-def _shift(widths: np.ndarray) -> np.ndarray:
-    """How many low bits are left out, so that brackets of these widths have no more than `_BINS` bins."""
-    return np.maximum(0, np.ceil(np.log2(np.maximum(widths, 1) / _BINS))).astype(np.int64)
+def _most_bins(num_tasks: int) -> int:
+    """Bins of a task's histogram, whose memory does not grow with the tasks until these are thousands."""
+    return min(_BINS, max(_LEAST_BINS, _ALL_BINS // num_tasks))
+
+
+def _shift(widths: np.ndarray, most_bins: int) -> np.ndarray:
+    """How many low bits are left out, so that brackets of these widths have no more bins than these."""
+    return np.maximum(0, np.ceil(np.log2(np.maximum(widths, 1) / most_bins))).astype(np.int64)
 
 
 def _sampled_brackets(
@@ -189,6 +197,7 @@ def _histograms(
     above = np.zeros(experts.num_tasks, np.int64)
     waiting: list[list[np.ndarray]] = [[] for _ in counts]  # many at once are counted faster
     num_waiting = np.zeros(experts.num_tasks, np.int64)
+    most_waiting = _most_bins(experts.num_tasks)
     lock = threading.Lock()
 
     def add(task: int) -> None:
@@ -209,13 +218,13 @@ def _histograms(
                 waiting[task].append(inside >> np.uint32(shift[task]))
                 num_waiting[task] += inside.size
                 above[task] += beyond
-                if num_waiting[task] > _BINS:
+                if num_waiting[task] > most_waiting:
                     add(task)
 
     for _ in map_parts(experts, count):
         pass
-    for task in range(experts.num_tasks):
-        add(task)
+    for task in np.flatnonzero(num_waiting):
+        add(int(task))
     return counts, above
 
 

@@ -139,7 +139,7 @@ def fit(
     _check_options(variant, base, scale, levels, grouping, {} if decompose else sizes)
     budget = low_rank.byte_budget(experts, bytes_per_task, amr)
     if budget is not None:
-        rank_ratio = _budget_ratio(experts, budget, grouping)
+        rank_ratio = _budget_ratio(experts, budget, grouping, levels)
     ratio = DEFAULT_RANK_RATIO if rank_ratio is None else rank_ratio
     plans = low_rank.matrix_plans(experts, lambda shape: low_rank.leaf_rank(shape, ratio))
     plans = plans if decompose else {}
@@ -200,12 +200,12 @@ def _check_options(
         raise ValueError("\n".join(problems))
 
 
-def _budget_ratio(experts: ExpertSet, budget: float, grouping: Grouping) -> float:
+def _budget_ratio(experts: ExpertSet, budget: float, grouping: Grouping, levels: Levels) -> float:
     shapes = {name: plan.shape for name, plan in low_rank.matrix_plans(experts, min).items()}
 
     def matrix_bytes(shape: tuple[int, int], rank: int) -> int:
         rows = rank if grouping == "vector" else 1
-        factors = sum(2 * math.ceil(rank * side / 8) + rows * _GROUPS_BYTES for side in shape)
+        factors = sum(levels * math.ceil(rank * side / 8) + rows * _GROUPS_BYTES for side in shape)
         return factors + 4 * rank
 
     small = 0
@@ -214,7 +214,7 @@ def _budget_ratio(experts: ExpertSet, budget: float, grouping: Grouping) -> floa
         if not shape:
             small += 4
         elif name not in shapes:
-            small += 2 * math.ceil(shape[0] / 8) + _GROUPS_BYTES
+            small += levels * math.ceil(shape[0] / 8) + _GROUPS_BYTES
     return low_rank.largest_ratio(shapes.values(), matrix_bytes, budget - small)
 
 
