@@ -207,7 +207,9 @@ def _mean(
 
 
 def _f1_of_class_1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    return f1(np.asarray(predictions) == 1, np.asarray(labels) == 1)
+    accuracy(predictions, labels)  # checks the shapes
+    predicted, positive = np.asarray(predictions) == 1, np.asarray(labels) == 1
+    return f1(predicted, positive) if positive.any() else 0.0
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -219,8 +221,8 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 """By name: (a head's outputs [n, C], labels [n]) -> number; the larger the better.
 
-"accuracy_f1" is the mean of the two, and "f1" that of class 1. "pearson_spearman", the mean of the two
-correlations, is of tasks whose head has one output; the others take the class of the largest.
+"accuracy_f1" is the mean of the two, and "f1" that of class 1: 0 where no label is 1. "pearson_spearman", the
+mean of the two correlations, is of tasks whose head has one output; the others take the class of the largest.
 """
 
 REGRESSION = frozenset({"pearson_spearman"})

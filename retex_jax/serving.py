@@ -12,14 +12,13 @@ tokenizer for texts: no weights, no data of any task.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from retex_jax import data, experiment, models, offsets, recovery, release, tree
+from retex_jax import data, experiment, models, recovery, release, tree
 from retex_jax.pretrained import Encode
 from retex_jax.recovery.planning import bucket
 from retex_jax.typing import Batch
@@ -173,10 +172,14 @@ class Recovered:
         """Compiles what prediction needs, for every size of a batch, so that no later call waits for it.
 
         Args:
-          max_length: of texts, the longest that will come, in tokens; the model's when not given. All lengths
-            that batches are cut to are compiled, up to it.
+          max_length: of texts, the longest that will come, in tokens; what they are encoded to when not given. All
+            lengths that batches of encoded texts are cut to are compiled, up to it.
           experts: whether to recover experts too, in the order of the tasks, as many as the cache holds.
         """
+        factorable = self.recoverer.is_factorable
+        modes: tuple[recovery.Mode, ...] = (
+            ("factored", "materialized") if factorable else ("materialized",)
+        )
         size = 1
         while size <= self.max_batch:
             for example in self._examples(max_length):
@@ -186,9 +189,10 @@ class Recovered:
                 }
                 self._identify(inputs)
                 ids = np.zeros(size, np.int32)
-                for mode in ("factored", "materialized"):
+                for mode in modes:
                     features = self.recoverer.features(inputs, ids, mode)
-                self.recoverer.costs(inputs)
+                if factorable:
+                    self.recoverer.costs(inputs)
             for head in self.released.heads.values():
                 recovery.logits(head, features)
             size *= 2
@@ -201,19 +205,19 @@ class Recovered:
         if "attention_mask" not in example:
             yield example
             return
-        longest = max_length or self.model.config.max_length
-        for length in {*range(_LENGTH_STEP, longest, _LENGTH_STEP), longest}:
+        full = getattr(self.encode, "max_length", self.model.config.max_length)
+        ends = range(_LENGTH_STEP, (max_length or full) + _LENGTH_STEP, _LENGTH_STEP)
+        for length in sorted({min(full, end) for end in ends}):
             yield {name: np.repeat(array, length, axis=1) for name, array in example.items()}
 
     def _identify(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         state, identifier = self.released.state, self.released.identifier
-        recover = partial(offsets.recover, state)
         size = len(next(iter(inputs.values())))
         ids = np.zeros(size, np.int32)
         for rows, padded in self._padded(size):
-            some = data.take(inputs, padded)
+            some = data.materialize(data.take(inputs, padded))
             found = recovery.identify(
-                self.model, state.merged, identifier, some, len(padded), recover
+                self.model, state.merged, identifier, some, len(padded), self.recoverer.expert
             )
             ids[rows] = found[: len(rows)]
         return ids
@@ -239,7 +243,7 @@ class Recovered:
             batch = self.encode(list(batch))
         if missing := [name for name in self._reads if name not in batch]:
             raise ValueError(f"batch: the model reads {missing}, got {sorted(batch)}")
-        inputs = {name: np.asarray(batch[name]) for name in self._reads}
+        inputs = data.as_arrays({name: batch[name] for name in self._reads})
         lengths = {name: len(array) for name, array in inputs.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"batch: expected arrays of one length, got {lengths}")

@@ -240,6 +240,14 @@ def test_scores_are_of_the_largest_output(name, reference, seed):
     assert metrics.score(name, outputs, labels) == pytest.approx(want, abs=1e-12)
 
 
+def test_f1_of_inputs_of_which_none_is_positive_is_0():
+    outputs, labels = np.array([[2.0, 1], [1, 2], [3, 0], [2, 0]]), np.zeros(4)
+    assert metrics.score("f1", outputs, labels) == 0
+    assert metrics.score("accuracy_f1", outputs, labels) == 0.75 / 2
+    with pytest.raises(ValueError, match="at least one entry"):
+        metrics.score("f1", outputs[:0], labels[:0])
+
+
 def test_every_metric_is_named():
     assert {*metrics.METRICS} == {"accuracy", "matthews", "f1", "accuracy_f1", "pearson_spearman"}
     assert {"pearson_spearman"} == metrics.REGRESSION

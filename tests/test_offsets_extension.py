@@ -149,6 +149,19 @@ def test_adding_and_removing_in_any_order():
         np.testing.assert_allclose(mixture[name], want, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_left_of_an_added_task_alone_is_recovered():
+    state, name = fitted("separate, 3 bits", 2), "second/kernel"
+    expert = {**FEW[1][2], name: references.flat(state.merged)[name]}
+    rest = offsets.add_task(
+        state, references.nested(expert), budget=4.0 * tree.param_bytes(state.merged)
+    )
+    assert isinstance(rest.offsets[name], Extended)
+    for _ in range(2):
+        rest = offsets.remove_task(rest, 0)
+    assert name not in rest.offsets
+    assert_close(RETEX.recover(rest, 0), expert)
+
+
 def test_bad_input():
     state = fitted("shared")
     wrong = dict(EXPERTS[3])

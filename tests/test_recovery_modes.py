@@ -12,11 +12,11 @@ import pytest
 import references_recovery as ref
 
 import retex_jax as rtx
-from retex_jax import models, offsets, recovery, tree
+from retex_jax import data, models, offsets, recovery, tree
 from retex_jax.models import stacking
 from retex_jax.offsets.forms import Elementwise, Product
 from retex_jax.offsets.state import generate
-from retex_jax.recovery import factored, grouped, planning
+from retex_jax.recovery import factored, grouped, modes, planning
 from retex_jax.recovery.modes import ParamsCache
 from retex_jax.recovery.terms import leaf_terms
 
@@ -440,6 +440,24 @@ def test_factors_have_the_dtype_of_the_layers_output():
     assert {x.dtype for x in jax.tree.leaves(prepared.by_task)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("mode", ["factored", "materialized"])
+def test_images_are_decoded_batch_by_batch(vit, mode, monkeypatch):
+    model, state, recoverer, _ = vit
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+    read, before = [], []
+    images = data.Images(lambda i: read.append(i) or pixels[i], np.arange(64), 8, "counted")
+    name = "_factored" if mode == "factored" else "_plain"
+    program = getattr(modes, name)
+    monkeypatch.setattr(modes, name, lambda *given: before.append(len(read)) or program(*given))
+    found = recoverer.features({"image": images}, np.ones(64, int), mode)
+    assert len(read) == 64
+    assert all(count <= 8 * (k + 3) for k, count in enumerate(before))  # this batch and two ahead
+    assert_agree(found, by_group(model, state, {"image": pixels}, [1] * 64))
+    read.clear()
+    recoverer.plan({"image": images}, np.arange(64) % NUM_TASKS)
+    assert not read
+
+
 def test_another_mixture_compiles_nothing(vit, caplog):
     _, _, _, inputs = vit
     recoverer = recovery.Recoverer(*vit[:2], max_batch=8)
@@ -647,3 +665,16 @@ def test_a_scanned_model_is_refused(vit):
     scanned = models.ViT(dataclasses.replace(model.config, scan=True))
     with pytest.raises(ValueError, match=r"stacked for scan=True, such as 'blocks/attention"):
         factored.prepare(scanned, stacked)
+
+
+def test_plans_of_a_scanned_model(vit):
+    _, _, recoverer, inputs = vit
+    assert recoverer.is_factorable
+    model = models.ViT(dataclasses.replace(VISION, scan=True))
+    state = fitted(model)
+    want = by_group(model, state, inputs, MIXED)
+    for cache_bytes, plan in ((2**30, "materialized"), (0, "grouped")):
+        scanned = recovery.Recoverer(model, state, max_batch=8, cache_bytes=cache_bytes)
+        assert not scanned.is_factorable
+        assert scanned.plan(inputs, MIXED) == plan
+        assert_agree(scanned.features(inputs, MIXED), want)

@@ -10,7 +10,7 @@ import tiny
 
 import retex_jax as rtx
 from retex_jax import data, experiment, models, offsets, protocols, recovery, release
-from retex_jax.identifier import subspace
+from retex_jax.identifier import mahalanobis, subspace
 from retex_jax.serving import Recovered
 
 
@@ -175,6 +175,88 @@ def test_texts_of_many_lengths(caplog):
         features = recovery.run(model, params, encode([text]), 1)
         want = recovery.logits(predictor.released.heads[one.task], features)[0]
         np.testing.assert_allclose(one.logits, want, rtol=1e-4, atol=1e-4)
+
+
+class Encoder:
+    """`encode` to a length of its own."""
+
+    def __init__(self, max_length):
+        self.max_length = max_length
+
+    def __call__(self, texts):
+        lengths = np.array([len(text) for text in texts])
+        mask = (np.arange(self.max_length) < lengths[:, None]).astype(np.int32)
+        return {"input_ids": mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("encoded", "max_length", "lengths"),
+    [(64, 35, (16, 32, 48)), (40, None, (16, 32, 40)), (40, 64, (16, 32, 40)), (24, 16, (16,))],
+)
+def test_the_warm_up_compiles_the_lengths_of_encoded_texts(encoded, max_length, lengths, caplog):
+    config = models.BertConfig(width=8, num_layers=1, num_heads=2, mlp_dim=8, max_length=64)
+    model = models.Bert(dataclasses.replace(config, vocab_size=10 * encoded + (max_length or 0)))
+    predictor = Recovered(model, text_release(model), encode=Encoder(encoded), max_batch=1)
+    with jax.log_compiles():
+        predictor.warm_up(max_length=max_length)
+        programs = [text for text in caplog.messages if text.startswith("Compiling jit(_plain)")]
+        assert len(programs) == len(lengths)
+        caplog.clear()
+        for length in {1, 17, 35, 40, max_length}:
+            if length and length <= lengths[-1]:
+                predictor.predict(["x" * length])
+        assert not [text for text in caplog.messages if text.startswith("Compiling")]
+
+
+def test_the_warm_up_of_a_scanned_model():
+    config = models.BertConfig(vocab_size=30, width=8, num_layers=2, num_heads=2, mlp_dim=8)
+    model = models.Bert(dataclasses.replace(config, max_length=16, scan=True))
+    predictor = Recovered(model, text_release(model), encode=Encoder(16), max_batch=1)
+    predictor.warm_up()
+    assert len(predictor.predict(["a text", "another"])) == 2
+
+
+def test_an_identifier_by_experts_reads_those_that_are_kept(monkeypatch):
+    model = models.Bert(
+        models.BertConfig(
+            vocab_size=30, width=8, num_layers=2, num_heads=2, mlp_dim=8, max_length=24
+        )
+    )
+    released, recovered, recover = text_release(model), [], offsets.recover
+    texts = ["a", "bc", "def", "ghij", "klmno"]
+    features = [
+        recovery.run(model, offsets.recover(released.state, task), encode(texts), 5, layer=1)
+        for task in range(2)
+    ]
+    gaussians = mahalanobis.fit(features)
+    identifier = recovery.Identifier(gaussians, 1, "mahalanobis")
+    predictor = Recovered(
+        model, dataclasses.replace(released, identifier=identifier), encode=encode, max_batch=2
+    )
+    monkeypatch.setattr(
+        offsets, "recover", lambda state, task: recovered.append(task) or recover(state, task)
+    )
+    found = predictor.identify(texts)
+    predictor.predict(texts, mode="materialized")
+    assert recovered == [0, 1]
+    want = mahalanobis.scores(gaussians, np.stack(features)).argmax(axis=1)
+    assert found == [predictor.tasks[task] for task in want]
+
+
+def test_images_that_are_decoded_when_they_are_read(run, recovered):
+    inputs, ids = mixed(run, 24)
+    names = [tiny.NAMES[task] for task in ids]
+    largest, decode = [], data.Images.decode
+    pixels = inputs["image"]
+    images = data.Images(lambda i: pixels[i], np.arange(24), 8, "arrays")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Images, "decode", lambda self: largest.append(len(self)) or decode(self))
+        found = [recovered.predict({"image": images}, task) for task in (None, names)]
+    assert max(largest) == recovered.max_batch
+    for some, task in zip(found, (None, names), strict=True):
+        for one, other in zip(some, recovered.predict(inputs, task), strict=True):
+            assert one.task == other.task
+            np.testing.assert_array_equal(one.logits, other.logits)
 
 
 def test_wrong_requests(run, recovered):

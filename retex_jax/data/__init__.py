@@ -12,7 +12,7 @@ from retex_jax.data.batching import (
     trim,
 )
 from retex_jax.data.catalogue import TEXT_TASKS, VISION_TASKS
-from retex_jax.data.images import AUTOMATIC, Images, ahead, materialize
+from retex_jax.data.images import AUTOMATIC, Images, ahead, as_arrays, materialize
 from retex_jax.data.language import (
     LANGUAGE_TASKS,
     WITHOUT_CLASSES,
@@ -53,6 +53,7 @@ __all__ = [
     "TaskSpec",
     "Wheel",
     "ahead",
+    "as_arrays",
     "batch_indices",
     "bucketed_indices",
     "by_length",

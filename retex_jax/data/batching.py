@@ -92,10 +92,10 @@ def take(split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def trim(batch: Split, multiple: int = 16) -> dict[str, np.ndarray]:
-    """Cuts the padding that all texts of a batch have in common; other batches stay as they are.
+    """Cuts the padding that all texts of a batch end with; other batches stay as they are.
 
     Args:
-      batch: with "attention_mask" [B, L], padded at the end, if it holds texts.
+      batch: with "attention_mask" [B, L] if it holds texts; only columns after the last token of all are cut.
       multiple: lengths are rounded up to it, so that few shapes occur; at most L.
 
     Returns:
@@ -104,7 +104,8 @@ def trim(batch: Split, multiple: int = 16) -> dict[str, np.ndarray]:
     if "attention_mask" not in batch:
         return dict(batch)
     full = batch["attention_mask"].shape[1]
-    longest = max(1, int(batch["attention_mask"].any(axis=0).sum()))
+    used = np.flatnonzero(batch["attention_mask"].any(axis=0))
+    longest = 1 + int(used.max(initial=0))
     length = min(full, -(-longest // multiple) * multiple)
     return {
         name: array[:, :length] if array.shape[1:2] == (full,) else array

@@ -166,6 +166,14 @@ class Images:
         return made
 
 
+def as_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as NumPy arrays; `Images` stay such, not decoded."""
+    return {
+        name: array if isinstance(array, Images) else np.asarray(array)
+        for name, array in batch.items()
+    }
+
+
 def materialize(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The batch with its images decoded; what is an array stays as it is."""
     return {

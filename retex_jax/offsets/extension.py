@@ -133,7 +133,9 @@ def _without(form: OwnForm | None, task: int, num_tasks: int) -> OwnForm | None:
     if isinstance(form, Extended):
         if task == num_tasks - 1:
             return form.base
-        return replace(form, base=_without(form.base, task, num_tasks - 1))
+        base = _without(form.base, task, num_tasks - 1)
+        is_empty = base is None and form.projection is None and form.own is None
+        return None if is_empty else replace(form, base=base)
     if isinstance(form, Elementwise | Product):
         return replace(form, generator=take(form.generator, others))
     if isinstance(form, Separate):

@@ -68,6 +68,11 @@ class Call:
     dtype: Any
 
 
+def stacked_leaves(merged: Params) -> list[str]:
+    """The leaves that are stacked for a scan, which `prepare` refuses."""
+    return [name for name in tree.flatten(merged) if _STACKED in name.split("/")]
+
+
 def prepare(model: nn.Module, state: OffsetState, *, method: str = "__call__") -> Factored:
     """Arranges offsets for `apply`, once.
 
@@ -83,7 +88,7 @@ def prepare(model: nn.Module, state: OffsetState, *, method: str = "__call__") -
       ValueError: if the merged model is stacked for a scan, which hides its layers.
     """
     merged = tree.flatten(state.merged)
-    if stacked := [name for name in merged if _STACKED in name.split("/")]:
+    if stacked := stacked_leaves(state.merged):
         raise ValueError(
             f"state: got leaves that are stacked for scan=True, such as {stacked[0]!r}, expected the "
             "unrolled form (models.stacking.unstack_blocks)"

@@ -6,7 +6,8 @@
 - "sample_wise": each input through parameters that are recovered for it alone (the paper's first way).
 - "factored": all inputs through the merged model at once, each with its own task's factors; no parameters are
   made. See `retex_jax.recovery.factored`.
-- "auto": by counts and bytes, "factored" or what is cheaper; see `retex_jax.recovery.planning`.
+- "auto": by counts and bytes, "factored" or what is cheaper; see `retex_jax.recovery.planning`. A model that is
+  stacked for scan=True has no factors, so that it is never "factored".
 
 Inputs of no known task have mixtures of experts instead (`Recoverer.mixed_features`), which are applied in factors.
 
@@ -28,7 +29,7 @@ import numpy as np
 from retex_jax import data, models, offsets, tree
 from retex_jax.offsets import FitReport, OffsetState
 from retex_jax.recovery import planning
-from retex_jax.recovery.factored import Factored, apply, prepare
+from retex_jax.recovery.factored import Factored, apply, prepare, stacked_leaves
 from retex_jax.typing import Batch, Params
 
 Examples = Mapping[str, np.ndarray]
@@ -45,6 +46,7 @@ class Recoverer:
       model: Linen module.
       state: merged model and offsets, without the report of their fit.
       max_batch: the largest batch, a power of two.
+      is_factorable: whether inputs may be "factored", and have mixtures: not if the model is stacked for scan=True.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Recoverer:
         self.model = model
         self.state = replace(state, report=FitReport({}, {}, {}, {}))
         self.max_batch = max_batch
+        self.is_factorable = not stacked_leaves(state.merged)
         self._reads = tuple(model.example_batch())
         self._experts = ParamsCache(cache_bytes)
         self._fits = tree.param_bytes(state.merged) <= cache_bytes
@@ -83,7 +86,7 @@ class Recoverer:
         Raises:
           ValueError: if the mode is unknown, or the task ids are no integers [n] from 0 to T - 1.
         """
-        inputs = {name: np.asarray(examples[name]) for name in self._reads if name in examples}
+        inputs = data.as_arrays(self._inputs(examples))
         ids = self._checked(inputs, task_ids, mode)
         if mode == "auto":
             mode = self.plan(inputs, ids)
@@ -91,7 +94,7 @@ class Recoverer:
             return self._run(partial(_factored, self.model, self.factored), inputs, ids)
         if mode == "sample_wise":
             return self._run(partial(_sample_wise, self.model, self.state), inputs, ids)
-        recover = self._expert if mode == "materialized" else self._recover
+        recover = self.expert if mode == "materialized" else self._recover
         features = np.empty((len(ids), self.model.config.feature_dim), np.float32)
         for task in np.unique(ids):
             members = np.flatnonzero(ids == task)
@@ -112,7 +115,7 @@ class Recoverer:
         Raises:
           ValueError: if the weights are not [n, T], are not finite, or a row does not sum to 1.
         """
-        inputs = {name: np.asarray(examples[name]) for name in self._reads if name in examples}
+        inputs = data.as_arrays(self._inputs(examples))
         weights = np.asarray(weights, np.float32)
         count = len(next(iter(inputs.values())))
         if weights.shape != (count, self.state.num_tasks):
@@ -131,23 +134,27 @@ class Recoverer:
         cached = self._experts.keys()
         if len(counts) <= 1 and counts.keys() <= cached:
             return "materialized"
-        costs = self.costs(examples)
-        if planning.is_factored_cheaper(counts, cached, self.max_batch, costs):
+        if self.is_factorable and planning.is_factored_cheaper(
+            counts, cached, self.max_batch, self.costs(examples)
+        ):
             return "factored"
         return "materialized" if self._fits else "grouped"
+
+    def expert(self, task: int) -> Params:
+        """The parameters of a task's expert, recovered unless they are kept."""
+        return self._experts.get(task, lambda: self._recover(task))
 
     def materialize(self) -> None:
         """Recovers experts in the order of their ids and keeps them, as many as the cache holds."""
         fitting = self._experts.limit // tree.param_bytes(self.state.merged)
         for task in range(min(fitting, self.state.num_tasks)):
-            self._expert(task)
+            self.expert(task)
 
     def costs(self, examples: Examples) -> planning.Costs:
         """What inputs of the examples' shapes cost; counted once a shape."""
-        read = {name: examples[name] for name in self._reads if name in examples}
         one = {
             name: jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
-            for name, array in data.trim(read).items()
+            for name, array in data.trim(self._inputs(examples)).items()
         }
         key = tuple((name, spec.shape, str(spec.dtype)) for name, spec in one.items())
         with self._lock:
@@ -163,8 +170,8 @@ class Recoverer:
                 self._factored = prepare(self.model, self.state)
             return self._factored
 
-    def _expert(self, task: int) -> Params:
-        return self._experts.get(task, lambda: self._recover(task))
+    def _inputs(self, examples: Examples) -> Examples:
+        return {name: examples[name] for name in self._reads if name in examples}
 
     def _recover(self, task: int) -> Params:
         return offsets.recover(self.state, task)

@@ -116,6 +116,16 @@ def test_trim_cuts_the_padding_that_all_texts_share():
     assert trim({**batch, "attention_mask": np.ones_like(mask)})["input_ids"].shape == (3, 64)
 
 
+def test_trim_keeps_every_token_wherever_the_padding_is():
+    mask = np.zeros((2, 64), np.int32)
+    mask[0, 20:40] = 1  # padded on both sides
+    mask[1, [3, 30]] = 1  # with holes
+    found = trim({"attention_mask": mask})["attention_mask"]
+    np.testing.assert_array_equal(found, mask[:, :48])
+    assert trim({"attention_mask": mask[:, ::-1]})["attention_mask"].shape == (2, 64)
+    assert trim({"attention_mask": 0 * mask})["attention_mask"].shape == (2, 16)
+
+
 def test_trim_leaves_images_alone():
     batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "label": np.zeros(2)}
     assert trim(batch).keys() == batch.keys()
