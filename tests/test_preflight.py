@@ -4,6 +4,7 @@ import tiny
 from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, plots, preflight
 from retex_jax.data import vision
+from retex_jax.methods import METHODS
 
 
 @pytest.fixture
@@ -94,6 +95,54 @@ def test_what_would_fail_after_hours_is_reported_before(world, path, value, said
     if value == "bert":  # random weights, and so no tokenizer
         changes += [("model.options", {}), ("tasks", ["notes"]), ("identifier.num_calibration", 40)]
     assert any(said in line for line in problems(*changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (
+            "emr",
+            {"varaint": "paper"},
+            "emr.varaint: unknown, expected some of ['variant'] (did you",
+        ),
+        ("ties", {"density": 20}, "density: got 20, expected a fraction"),
+        ("dare", {"merge_options": {"k": 1}}, "unexpected keyword argument 'k'"),
+        ("consensus", {"k": 4}, "k: got 4, expected an integer from 0 to T = 3"),
+        ("dts_t", {"amr": -1}, "amr: got -1"),
+        ("adamerging", {"stepps": 3}, "adamerging.stepps: unknown"),
+        ("adamerging", {"steps": -1}, "steps: got -1"),
+        ("fisher", {"calibration": []}, "fisher.calibration: unknown"),
+        ("dawin", {"temperatures": [1, 2]}, "temperatures: got [1, 2], expected 3"),
+        ("retex", {"bitss": 3}, "bitss: no such option"),
+        ("retex", {"rank": 17}, "rank: got 17, expected an integer from 1 to 16"),
+        ("retex", {"shrinkage": 2}, "shrinkage: got 2"),
+    ],
+)
+def test_options_of_methods_are_tried(world, method, options, said):
+    (found,) = problems(("method_options", {method: options}))
+    assert said in found
+    for name in ("task_arithmetic", "emr"):  # a variant of another method is tried too
+        further = [[name, {"foo": 1}], [method, options]]
+        assert any(said in line for line in problems(("extra_variants", further)))
+    others = set(METHODS) - {method}
+    preflight.check(
+        tiny.settings_with(("methods", ",".join(others)), ("method_options", {method: options}))
+    )
+
+
+def test_sizes_that_suit_the_model_pass(world):
+    further = [
+        ["retex", {"budget": 0.01, "bits": 3, "sharing": "auto", "task_weights": "energy"}],
+        ["retex", {"form": "factorized", "rank": 8, "task_rank": 2}],
+        ["retex", {"rank": 3}, {"shrinkage": [1.0, 0.1]}],
+        ["retex", {"rank": 3, "solver": "adam", "steps": 20, "warmup_steps": 2}],
+        ["dts_t", {"amr": 0.001}],
+        ["svd", {"rank": 16}],
+        ["svd", {"bytes_per_task": 2000}],
+        ["tall_mask", {"mask_lambda": [0.1, 0.2, 0.3]}],
+        ["wemoe", {"steps": 5}],
+    ]
+    preflight.check(tiny.settings_with(("extra_variants", further)))
 
 
 @pytest.mark.parametrize(
