@@ -167,6 +167,16 @@ def test_options_of_other_identifiers_are_checked(world, kind, options, said):
     assert said in found
 
 
+def test_layers_of_the_identifier_have_one_width(world):
+    pooled = [("model.options.pool", "cls_mean"), ("identifier.layer", 0)]  # 32 beside blocks of 16
+    preflight.check(tiny.settings_with(*pooled, ("identifier.rank", 31)))
+    (found,) = problems(*pooled, ("identifier.rank", 32))
+    assert "identifier.rank: got 32, expected less than the features' 32" in found
+    (found,) = problems(*pooled, ("identifier.layers", [0, 1]))
+    assert "identifier.layers: got [0, 1], whose features are of the widths [16, 32]" in found
+    preflight.check(tiny.settings_with(*pooled, ("identifier.layers", [1, 2])))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
