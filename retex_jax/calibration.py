@@ -23,8 +23,8 @@ class Calibration:
     """Unlabelled inputs of each task, and the model.
 
     Attributes:
-      batches: one iterable of batches a task, in task order; each can be iterated again, and all of its
-        batches have one shape.
+      batches: one iterable of batches a task, in task order; each can be iterated again, so that none is an
+        iterator, and all of its batches have one shape.
       features: (params, batch) -> what heads read, [B, d], float32.
       logits: (params, task, batch) -> logits of the task's own head, [B, C_t], float32; `task` is a
         Python integer.
@@ -42,7 +42,7 @@ def require(calibration: Calibration | None, method: str, num_tasks: int) -> Cal
     """Returns the calibration that a method needs.
 
     Raises:
-      ValueError: if it is None, or has not one iterable of batches a task, or one is empty.
+      ValueError: if it is None, or has not one iterable of batches a task, or one is empty or an iterator.
     """
     if calibration is None:
         raise ValueError(f"calibration: got None, but {method} needs inputs of every task")
@@ -50,6 +50,12 @@ def require(calibration: Calibration | None, method: str, num_tasks: int) -> Cal
         raise ValueError(
             f"calibration.batches: got {len(calibration.batches)}, expected one for each of the "
             f"{num_tasks} tasks"
+        )
+    once = [t for t, batches in enumerate(calibration.batches) if iter(batches) is batches]
+    if once:
+        raise ValueError(
+            f"calibration.batches: those of tasks {once} are iterators, which can be read once, expected "
+            "iterables that can be iterated again, such as lists"
         )
     empty = [
         t for t, batches in enumerate(calibration.batches) if next(iter(batches), None) is None

@@ -2,7 +2,9 @@
 
     python -m retex_jax.evaluate --artifact=workdirs/demo
 
-Every row says whether the task and the head were known; see `retex_jax.protocols`.
+Every row says whether the task and the head were known; see `retex_jax.protocols`. Of a release with other tasks than
+its experiment, those of both are evaluated: a task that was added is named and left out, as neither its data nor its
+own expert's accuracy are known, but inputs may be identified as of it, which is wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +90,7 @@ def known_row(
         task_known=True,
         head_known=True,
         needs=METHODS[method].needs,
-        bytes_per_task=METHODS[method].extra_bytes(state) / len(suite.tasks),
+        bytes_per_task=METHODS[method].extra_bytes(state) / len(suite.heads),
         model_bytes=tree.param_bytes(recover(state, 0)),
         seconds_fit=seconds_fit,
     )
@@ -230,7 +232,7 @@ def unknown_rows(
 
     Returns:
       Two rows of results.json (head known, nothing known), and the identification confusion matrix
-      [T, T] (row = true task).
+      [T, T] (row = true task), T being the number of heads.
     """
     mixed = protocols.mixed_test(suite.tasks, suite.seed)
     inputs = {name: array for name, array in mixed.items() if name not in ("task", "label")}
@@ -255,7 +257,7 @@ def unknown_rows(
             task_known=False,
             head_known=head_known,
             needs=method.needs,
-            bytes_per_task=stored / len(suite.tasks),
+            bytes_per_task=stored / len(suite.heads),
             model_bytes=tree.param_bytes(state.merged),
             identification_accuracy=float(confusion.trace() / confusion.sum()),
             seconds_fit=seconds_fit,
@@ -316,26 +318,50 @@ def _with_spread(row: Mapping[str, Any]) -> Any:
     return mean if spread is None else f"{mean:.3f} +- {spread:.3f}"
 
 
+def known_tasks(released: release.Release) -> list[str]:
+    """The names of a release's tasks that its experiment has; the others, which were added, are named in a warning.
+
+    Raises:
+      ValueError: if there are none, or one comes after a task that was added.
+    """
+    metadata, names = released.metadata, list(released.heads)
+    known = [
+        name
+        for name in names
+        if name in metadata["settings"]["tasks"] and name in metadata["individual"]
+    ]
+    added = [name for name in names if name not in known]
+    lacking = "neither data nor the own expert's accuracy are known of them"
+    if not known or names[: len(known)] != known:
+        raise ValueError(
+            f"tasks: {added} of {names} were added, expected the others first: {lacking}"
+        )
+    if added:
+        logging.warning(f"tasks: {added} were added to the release and are left out: {lacking}")
+    return known
+
+
 def main() -> None:
-    """Evaluates an artefact on its tasks and prints the results."""
+    """Evaluates an artefact on its tasks, see `known_tasks`, and prints the results."""
     released = release.load(_ARTIFACT.value)
-    settings = released.metadata["settings"]
+    settings, names = released.metadata["settings"], known_tasks(released)
     preflight.check(settings)
     experiment.start()
     experiment.fetch(settings, announce=logging.info)
     backbone, tasks = experiment.load(settings)
+    loaded = {task.name: task for task in tasks}
     suite = protocols.Suite(
         backbone.model,
-        tasks,
+        [loaded[name] for name in names],
         list(released.heads.values()),
-        released.metadata["individual"],
+        {name: released.metadata["individual"][name] for name in names},
         settings["evaluate"]["batch_size"],
         settings["seed"],
     )
     variant, seconds = released.metadata["variant"], released.metadata["seconds_fit"]
     row = known_row(suite, "retex", variant, released.state, seconds)
     rows, _ = unknown_rows(suite, variant, released.state, released.identifier, seconds)
-    print_results([task.name for task in tasks], suite.individual, [row, *rows])
+    print_results(names, suite.individual, [row, *rows])
     logging.info("individual accuracies and fit seconds are as recorded in the artefact")
 
 

@@ -57,7 +57,8 @@ def export_model(released: release.Release, task: str, out: Path) -> list[str]:
       The names of the files that were written.
 
     Raises:
-      ValueError: if there is no such task, or the model is none of transformers'.
+      ValueError: if there is no such task, the model is none of transformers', or its class with the task's head
+        names the classes and they are not known.
     """
     index = _task_index(released, task)
     architecture, hf_config = _architecture(released)
@@ -183,7 +184,13 @@ def _with_head(
         architecture = ARCHITECTURES["Dinov2ForImageClassification"]
     if not architecture.name.endswith("Classification"):
         return architecture, dict(hf_config)
-    classes = released.metadata["classes"][task] or ["LABEL_0"]  # of a regression
+    known = released.metadata.get("classes", {})
+    if task not in known:
+        raise ValueError(
+            f"task: the class names of {task!r} are not known, expected them in the release's "
+            f'metadata["classes"], which has {list(known)}; a task that was added has none'
+        )
+    classes = known[task] or ["LABEL_0"]  # of a regression
     labels = {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},

@@ -39,7 +39,14 @@ def problems(settings: Settings, model: Any) -> list[str]:
             found.append("identifier.options.joint: got True, but identifier.layers has none")
     wrong = IDENTIFIERS[spec["kind"]].problems(options)
     found += [f"identifier.options.{line}" for line in wrong]
-    return found + _size_problems(options, spec["num_calibration"], config.width)
+    layers = () if spec["search"] else spec["layers"] or (spec["layer"],)
+    widths = {config.width if layer else config.feature_dim for layer in layers}
+    if len(widths) > 1:
+        found.append(
+            f"identifier.layers: got {spec['layers']}, whose features are of the widths {sorted(widths)}, expected "
+            "0, the pooled output, alone"
+        )
+    return found + _size_problems(options, spec["num_calibration"], min(widths or {config.width}))
 
 
 def comparison_problems(settings: Settings, model: Any) -> list[str]:

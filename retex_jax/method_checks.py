@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from retex_jax import models, offsets, tree
+from retex_jax import models, offsets, tree, variants
 from retex_jax.experiment import Settings
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers import MERGERS
+from retex_jax.mergers import MERGERS, adamerging
+from retex_jax.methods import METHODS
 from retex_jax.offsets import adam, exact
+from retex_jax.offsets import options as offset_options
 from retex_jax.offsets.state import plan_leaves
 
 _GIVEN_BY_THE_PROGRAM = {
     "key",
+    "calibration",
     "checkpoints",
     "progress",
     "task_weights",
@@ -26,7 +29,7 @@ _GIVEN_BY_THE_PROGRAM = {
 
 
 def problems(settings: Settings, model: Any) -> list[str]:
-    """Looks at settings["baselines"] and settings["offsets"]; options are tried on the smallest experts.
+    """Looks at baselines, offsets and what is planned to be compared; options are tried on the smallest experts.
 
     Args:
       settings: the experiment.
@@ -63,7 +66,69 @@ def problems(settings: Settings, model: Any) -> list[str]:
     found += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
         "offsets.adam", lambda: adam.check_settings(**spec["adam"])
     )
-    return found
+    return found + _variant_problems(settings, leaves)
+
+
+def _variant_problems(settings: Settings, leaves: Mapping[str, Any]) -> list[str]:
+    """Tries the planned entries of methods whose options the experiment sets, as far as that takes no data."""
+    try:
+        entries = variants.plan(settings)
+    except ValueError as error:
+        return str(error).splitlines()
+    experts = _toy_experts(max(1, len(settings["tasks"])))
+    changed = {*settings["method_options"], *(name for name, *_ in settings["extra_variants"])}
+    found: dict[str, str] = {}  # by what is wrong: one of the entries where it is
+    for entry in entries:
+        if entry.method not in changed or entry in variants.VARIANTS:
+            continue
+        where = f"methods: {entry.method}"
+        searched = {name: values[0] for name, values in entry.grid.items() if len(values)}
+        if entry.method == "retex":
+            options = {**entry.options, **searched}
+            lines = _failure(
+                entry.name, lambda options=options: _try_offsets(experts, leaves, options)
+            )
+        else:
+            lines = _unknown_options(where, {**entry.options, **searched}, *_takers(entry.method))
+            lines = lines or _failure(entry.name, lambda entry=entry: _try_method(experts, entry))
+        for line in lines:
+            found.setdefault(line.removeprefix(entry.name), line)
+    return [line if line.startswith("methods") else f"methods: {line}" for line in found.values()]
+
+
+def _takers(method: str) -> list[Callable[..., Any]]:
+    """The functions that take a method's options between them."""
+    further = [adamerging.fit_coefficients] if method == "adamerging" else []
+    return [METHODS[method].fit, *further]
+
+
+def _try_method(experts: ExpertSet, entry: variants.Entry) -> None:
+    """Fits an entry with room enough; what needs data is fitted as far as that is asked for."""
+    room = {
+        name: 1e6
+        for name in ("amr", "bytes_per_task")
+        if 0 < (entry.options.get(name) or 0) < float("inf")
+    }
+    try:
+        METHODS[entry.method].fit(experts, **{**entry.options, **room})
+    except ValueError as error:
+        if not str(error).startswith("calibration: got None"):
+            raise
+
+
+def _try_offsets(experts: ExpertSet, leaves: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Checks options of `offsets.fit`, and ranks on the model's own leaves."""
+    given = {
+        name: options.get(name, parameter.default)
+        for name, parameter in inspect.signature(offsets.fit).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    rest = {name: value for name, value in options.items() if name not in given}
+    checked = inspect.signature(offset_options.check).parameters
+    known = {name: value for name, value in given.items() if name in checked}
+    offset_options.check(experts, **known, solver_options=rest)
+    rank = offset_options.default_rank(given["rank"], given["budget"])
+    plan_leaves(leaves, "flax", rank, given["rank_rule"], given["orientation"])
 
 
 def _merger_problems(what: str, name: str, where: str, options: Mapping[str, Any]) -> list[str]:
@@ -75,10 +140,11 @@ def _merger_problems(what: str, name: str, where: str, options: Mapping[str, Any
     )
 
 
-def _toy_experts() -> ExpertSet:
+def _toy_experts(num_tasks: int = 1) -> ExpertSet:
     """The smallest experts, to try options on."""
     pretrained_params = {"kernel": np.eye(2, dtype=np.float32)}
-    return ExpertSet.from_trees(pretrained_params, [{"kernel": np.ones((2, 2), np.float32)}])
+    expert = {"kernel": np.ones((2, 2), np.float32)}
+    return ExpertSet.from_trees(pretrained_params, [expert] * num_tasks)
 
 
 def _failure(where: str, attempt: Callable[[], Any]) -> list[str]:
@@ -89,14 +155,15 @@ def _failure(where: str, attempt: Callable[[], Any]) -> list[str]:
     return []
 
 
-def _unknown_options(where: str, options: Mapping[str, Any], function: Any) -> list[str]:
-    known = [
+def _unknown_options(where: str, options: Mapping[str, Any], *functions: Any) -> list[str]:
+    known = dict.fromkeys(
         name
+        for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in _GIVEN_BY_THE_PROGRAM
-    ]
+    )
     return [
-        f"{where}.{name}: unknown, expected some of {known}"
+        f"{where}.{name}: unknown, expected some of {list(known)}{tree.did_you_mean(name, known)}"
         for name in options
         if name not in known
     ]

@@ -26,7 +26,7 @@ class Suite(NamedTuple):
     Attributes:
       model: Linen module.
       tasks: with a split "test".
-      heads: one a task.
+      heads: one a task, and after them those of tasks that are not evaluated.
       individual: task name to the accuracy of the expert itself.
       batch_size: B.
       seed: of the order of mixed inputs.
@@ -196,7 +196,7 @@ def unknown(
 
     Args:
       prediction: from `predict_unknown`.
-      heads: one a task.
+      heads: one a task, as a `Suite` has them.
       names: of the tasks.
       true_tasks: [n].
       labels: [n].
@@ -204,7 +204,7 @@ def unknown(
 
     Returns:
       Accuracy a task with the head known, accuracy a task with nothing known, and the identification
-      confusion matrix [T, T] (row = true task).
+      confusion matrix [T, T] (row = true task), T being the number of heads.
     """
     head_known, nothing_known = {}, {}
     for task, name in enumerate(names):

@@ -167,6 +167,8 @@ def add_task(
 def remove_task(release: Release, name: str) -> Release:
     """Removes one task from a release; see `offsets.remove_task`.
 
+    Its accuracy and its class names leave the metadata, so that another task may take the name.
+
     Raises:
       ValueError: if there is no such task, or it is the only one.
     """
@@ -177,11 +179,18 @@ def remove_task(release: Release, name: str) -> Release:
     state = offsets.remove_task(release.state, task)
     others = [other for other in range(len(release.heads)) if other != task]
     known = release.identifier
+    metadata = {
+        key: {task: own for task, own in value.items() if task != name}
+        if key in ("individual", "classes")
+        else value
+        for key, value in release.metadata.items()
+    }
     return replace(
         release,
         state=state,
         identifier=replace(known, state=IDENTIFIERS[known.kind].take(known.state, others)),
         heads={task: head for task, head in release.heads.items() if task != name},
+        metadata=metadata,
     )
 
 

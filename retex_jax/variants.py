@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retex_jax import search, tree
+from retex_jax import data, search, tree
 from retex_jax.experiment import Settings
+from retex_jax.mergers.ties import DEFAULT_SCALING
 from retex_jax.methods import METHODS, SEARCH_NEEDS
 
 ALL = "all"
@@ -121,10 +122,12 @@ def plan(settings: Settings) -> list[Entry]:
     """What is fitted.
 
     An entry whose method has a published grid is followed by one whose options are searched, but for those
-    that `method_options` sets. Entries on difference vectors keep their options.
+    that `method_options` sets. Entries on difference vectors keep their options. TIES is scaled as its `merge` is by
+    default where that is set and `scaling` is not.
 
     Args:
-      settings: `methods` is "all" or names joined by commas; `method_options` has options of a
+      settings: `methods` is names joined by commas or "all", which are those that the tasks suit: methods that mix
+        by input give features of inputs, and none of questions. `method_options` has options of a
         method that differ from its `VARIANTS`; ReTeX comes at `offsets.rank` and
         `offsets.extra_ranks`; then come `extra_variants`, those with a grid of their own if `search` is enabled.
 
@@ -132,7 +135,8 @@ def plan(settings: Settings) -> list[Entry]:
       In the order of the table, no two of one name.
 
     Raises:
-      ValueError: if a name is unknown, or a number of `num_seeds` or `search` is below 1.
+      ValueError: if a name is unknown or of a method that the tasks do not suit, or a number of `num_seeds` or
+        `search` is below 1.
     """
     numbers = {
         "num_seeds": settings["num_seeds"],
@@ -154,6 +158,13 @@ def plan(settings: Settings) -> list[Entry]:
         if unknown := [name for name in given if name not in METHODS]:
             hint = tree.did_you_mean(unknown[0], METHODS)
             problems.append(f"{setting}: got {unknown}, {known}{hint}")
+    if any(name in data.QUESTIONS for name in settings["tasks"]):
+        routed = [name for name in names if name in METHODS and METHODS[name].predict is not None]
+        if routed and settings["methods"] != ALL:
+            problems.append(
+                f"methods: {routed} give features of inputs, expected tasks with heads, not questions"
+            )
+        names = [name for name in names if name not in routed]
     if problems:
         raise ValueError("\n".join(problems))
     offsets = settings["offsets"]
@@ -171,7 +182,7 @@ def plan(settings: Settings) -> list[Entry]:
             continue
         given = settings["method_options"].get(variant.method, {})
         rest = {name: values for name, values in variant.grid.items() if name not in given}
-        entry = replace(variant, options={**variant.options, **given}, grid=rest)
+        entry = replace(variant, options=_changed(variant.options, given), grid=rest)
         entries.setdefault(entry.name, entry)
         grid = search.published_grid(entry.method, entry.options, fixed=given)
         if grid and is_searched and entry.origin is None:
@@ -179,6 +190,14 @@ def plan(settings: Settings) -> list[Entry]:
             searched = replace(entry, options=rest, grid=grid)
             entries.setdefault(searched.name, searched)
     return list(entries.values())
+
+
+def _changed(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's options with those that are given."""
+    changed = {**options, **given}
+    if options is _TIES and "merge" in given and "scaling" not in given:
+        changed["scaling"] = DEFAULT_SCALING.get(given["merge"], _TIES["scaling"])
+    return changed
 
 
 def seeds(entry: Entry, settings: Settings) -> list[int]:

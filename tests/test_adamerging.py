@@ -418,6 +418,14 @@ def test_the_calibration_is_checked():
         adamerging.fit(experts)
     with pytest.raises(ValueError, match="got 1, expected one for each of the 2 tasks"):
         adamerging.fit(experts, calibration=_calibration(1))
-    once = [iter(batches) for batches in reference.batches(2, 3)]
+
+    class Once:
+        def __init__(self, batches):
+            self.rest = iter(batches)
+
+        def __iter__(self):
+            return self.rest
+
+    once = [Once(batches) for batches in reference.batches(2, 3)]
     with pytest.raises(ValueError, match="those of task_0 ran out"):
         adamerging.fit(experts, calibration=_calibration(2, batches=once))

@@ -78,6 +78,31 @@ def test_a_further_variant_may_name_what_is_searched(settings):
     assert variants.plan(settings)[-1] == plain
 
 
+def test_methods_that_mix_by_input_are_not_planned_for_questions(settings):
+    settings["tasks"] = list(data.QUESTIONS)[:2]
+    methods = {entry.method for entry in variants.plan(settings)}
+    routed = {name for name, method in METHODS.items() if method.predict is not None}
+    assert methods == set(METHODS) - routed and routed
+    settings["methods"] = "ties,dawin"
+    with pytest.raises(ValueError, match=r"methods: \['dawin'\] give features of inputs"):
+        variants.plan(settings)
+
+
+def test_ties_is_scaled_as_its_merge(settings):
+    settings |= {"methods": "ties", "search": {"enabled": False, "num_inputs": 8}}
+
+    def scalings(**given):
+        settings["method_options"] = {"ties": given}
+        return [entry.options.get("scaling") for entry in variants.plan(settings)]
+
+    assert scalings() == [1.0, 1.0]
+    assert scalings(merge="sum") == [0.3, 0.3]
+    assert scalings(merge="mean") == [1.0, 1.0]
+    assert scalings(merge="sum", scaling=0.7) == [0.7, 0.7]
+    settings["extra_variants"] = [["ties", {"scaling": 2.0}]]
+    assert scalings(merge="sum") == [0.3, 0.3, 2.0]
+
+
 def test_plan_lists_every_problem(settings):
     settings |= {"num_seeds": 0, "search": {"enabled": True, "num_inputs": 0}}
     settings["method_options"] = {"tie": {}}

@@ -8,7 +8,17 @@ import scipy.stats
 import sklearn.metrics
 import tiny
 
-from retex_jax import data, evaluate, experts, identification, offsets, protocols, recovery, tree
+from retex_jax import (
+    data,
+    evaluate,
+    experts,
+    identification,
+    offsets,
+    protocols,
+    recovery,
+    release,
+    tree,
+)
 from retex_jax.identifier import IDENTIFIERS
 
 NAMES = ["first", "second"]
@@ -344,6 +354,60 @@ def test_release_needs_no_experts(run, monkeypatch, tmp_path):
         patch.setattr(experts.ExpertSet, "from_safetensors", None)
         evaluate.main()
     assert len(rows) == 3
+
+
+def test_a_changed_release_is_evaluated_by_its_own_names(run, monkeypatch, tmp_path, capsys):
+    """One task is added and the first is removed: the others' figures are theirs, as before."""
+    released = run.released
+    first, *others = tiny.NAMES
+    features = np.random.default_rng(0).normal(100, 1, (40, 16)).astype("f4")  # far from all inputs
+    added = release.add_task(
+        released,
+        "new",
+        offsets.recover(released.state, 0),
+        released.heads[first],
+        features,
+        budget=2.0**40,
+    )
+    release.save(tmp_path, release.remove_task(added, first))
+    printed = {}
+
+    def keep(names, individual, rows):
+        printed.update(names=names, individual=individual, rows=rows)
+
+    with tiny.world(run.cache), monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_ARTIFACT", SimpleNamespace(value=str(tmp_path)), raising=False)
+        patch.setattr(evaluate, "print_results", keep)
+        evaluate.main()
+    assert printed["names"] == list(printed["individual"]) == others
+    known, head, nothing = printed["rows"]
+    (want,) = (
+        row
+        for row in run.results["rows"]
+        if row["variant"] == "exact r=8" and row["task_known"] and row["method"] == "retex"
+    )
+    assert known["accuracy"] == {name: want["accuracy"][name] for name in others}
+    assert list(head["accuracy"]) == list(nothing["accuracy"]) == others
+    assert head["identification_accuracy"] > 0.9
+    assert known["bytes_per_task"] == offsets.offset_bytes(release.load(tmp_path).state) / 3
+    said = capsys.readouterr()
+    assert "tasks: ['new'] were added" in said.out + said.err
+
+
+def test_an_added_task_of_a_removed_ones_name_is_not_taken_for_it(run):
+    released, (first, *others) = run.released, tiny.NAMES
+    features = np.random.default_rng(0).normal(0, 1, (40, 16)).astype("f4")
+    expert, head = offsets.recover(released.state, 0), released.heads[first]
+    again = release.add_task(
+        release.remove_task(released, first), first, expert, head, features, budget=2.0**40
+    )
+    assert list(again.heads) == [*others, first]
+    assert evaluate.known_tasks(again) == others
+    assert list(released.metadata["individual"]) == list(tiny.NAMES)
+    for other in others:
+        again = release.remove_task(again, other)
+    with pytest.raises(ValueError, match=rf"tasks: \['{first}'\] of \['{first}'\] were added"):
+        evaluate.known_tasks(again)
 
 
 def test_tables_say_every_figure(run, capsys):

@@ -242,6 +242,22 @@ def test_export_refuses_what_is_not_there(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_export_of_an_added_task_asks_for_its_classes(run, tmp_path):
+    released = release.load(run[1])
+    names = [*tiny.NAMES[:-1], "new"]
+    released = dataclasses.replace(
+        released,
+        heads=dict(zip(names, released.heads.values(), strict=True)),
+        metadata={
+            **released.metadata,
+            "architecture": "Dinov2Model",
+            "settings": {"model": {"options": {"pool": "cls"}}},
+        },
+    )
+    with pytest.raises(ValueError, match=r"task: the class names of 'new' are not known"):
+        export.export_model(released, "new", tmp_path / "out")
+
+
 def test_exported_adapter_names_what_it_leaves_out(run, tmp_path):
     released = release.load(run[1])
     left_out = export.export_adapter(released, "dots", tmp_path, base="merged", partial=True)

@@ -242,6 +242,24 @@ def test_calibration_sizes_keep_layers_and_options(identified):
         assert swept["accuracy"]["40"] == row["accuracy"]  # num_calibration is 40
 
 
+def test_calibration_sizes_lower_a_number_of_neighbours(run, features):
+    settings = tiny.settings_with(("identify.calibration_sizes", [2, 10]))
+    row = {
+        "identifier": "neighbors",
+        "layer": 1,
+        "options": {"k": 20, "normalize": True},
+        "validation_accuracy": 1.0,
+        "forward": 0.5,
+        "limit": None,
+    }
+    given = (settings, run.tasks, features)
+    (swept,) = identify.calibration_sweep(*given, [row], jax.random.key(0))
+    lowered = {**row, "options": {**row["options"], "k": 6}}
+    (again,) = identify.calibration_sweep(*given, [lowered], jax.random.key(0))
+    assert swept["accuracy"]["2"] == again["accuracy"]["2"]
+    assert list(swept["accuracy"]) == ["2", "10"]
+
+
 def test_tasks_are_held_out_as_set(identified):
     results, _ = identified
     found = results["out_of_distribution"]

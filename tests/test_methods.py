@@ -6,6 +6,7 @@ import pytest
 import references
 
 import retex_jax as rtx
+from retex_jax.calibration import Calibration
 from retex_jax.methods import NEEDS
 
 OPTIONS = {
@@ -43,6 +44,15 @@ def test_methods_that_need_data_say_so(name):
     assert NEEDS[rtx.METHODS[name].needs] in ("train", "test")
     with pytest.raises(ValueError, match="calibration: got None"):
         rtx.METHODS[name].fit(_expert_set(2))
+
+
+@pytest.mark.parametrize("name", sorted(set(rtx.METHODS) - set(OPTIONS) - {"dawin"}))
+def test_batches_that_can_be_read_once_are_refused_and_not_read(name):
+    once = [iter([{"x": np.ones((2, 3))}] * 2) for _ in range(2)]
+    calibration = Calibration(once, lambda *_: None, lambda *_: None)
+    with pytest.raises(ValueError, match=r"calibration.batches: those of tasks \[0, 1\] are iter"):
+        rtx.METHODS[name].fit(_expert_set(2), calibration=calibration)
+    assert [len(list(batches)) for batches in once] == [2, 2]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -4,6 +4,7 @@ import tiny
 from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, plots, preflight
 from retex_jax.data import vision
+from retex_jax.methods import METHODS
 
 
 @pytest.fixture
@@ -97,6 +98,54 @@ def test_what_would_fail_after_hours_is_reported_before(world, path, value, said
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (
+            "emr",
+            {"varaint": "paper"},
+            "emr.varaint: unknown, expected some of ['variant'] (did you",
+        ),
+        ("ties", {"density": 20}, "density: got 20, expected a fraction"),
+        ("dare", {"merge_options": {"k": 1}}, "unexpected keyword argument 'k'"),
+        ("consensus", {"k": 4}, "k: got 4, expected an integer from 0 to T = 3"),
+        ("dts_t", {"amr": -1}, "amr: got -1"),
+        ("adamerging", {"stepps": 3}, "adamerging.stepps: unknown"),
+        ("adamerging", {"steps": -1}, "steps: got -1"),
+        ("fisher", {"calibration": []}, "fisher.calibration: unknown"),
+        ("dawin", {"temperatures": [1, 2]}, "temperatures: got [1, 2], expected 3"),
+        ("retex", {"bitss": 3}, "bitss: no such option"),
+        ("retex", {"rank": 17}, "rank: got 17, expected an integer from 1 to 16"),
+        ("retex", {"shrinkage": 2}, "shrinkage: got 2"),
+    ],
+)
+def test_options_of_methods_are_tried(world, method, options, said):
+    (found,) = problems(("method_options", {method: options}))
+    assert said in found
+    for name in ("task_arithmetic", "emr"):  # a variant of another method is tried too
+        further = [[name, {"foo": 1}], [method, options]]
+        assert any(said in line for line in problems(("extra_variants", further)))
+    others = set(METHODS) - {method}
+    preflight.check(
+        tiny.settings_with(("methods", ",".join(others)), ("method_options", {method: options}))
+    )
+
+
+def test_sizes_that_suit_the_model_pass(world):
+    further = [
+        ["retex", {"budget": 0.01, "bits": 3, "sharing": "auto", "task_weights": "energy"}],
+        ["retex", {"form": "factorized", "rank": 8, "task_rank": 2}],
+        ["retex", {"rank": 3}, {"shrinkage": [1.0, 0.1]}],
+        ["retex", {"rank": 3, "solver": "adam", "steps": 20, "warmup_steps": 2}],
+        ["dts_t", {"amr": 0.001}],
+        ["svd", {"rank": 16}],
+        ["svd", {"bytes_per_task": 2000}],
+        ["tall_mask", {"mask_lambda": [0.1, 0.2, 0.3]}],
+        ["wemoe", {"steps": 5}],
+    ]
+    preflight.check(tiny.settings_with(("extra_variants", further)))
+
+
+@pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
         ("router", {"kind": "deep"}, "identifier.options.kind: got 'deep'"),
@@ -116,6 +165,16 @@ def test_options_of_other_identifiers_are_checked(world, kind, options, said):
     preflight.check(tiny.settings_with(*changes, ("identifier.layers", [0, 1, 2])))
     (found,) = problems(*changes, ("identifier.options", options))
     assert said in found
+
+
+def test_layers_of_the_identifier_have_one_width(world):
+    pooled = [("model.options.pool", "cls_mean"), ("identifier.layer", 0)]  # 32 beside blocks of 16
+    preflight.check(tiny.settings_with(*pooled, ("identifier.rank", 31)))
+    (found,) = problems(*pooled, ("identifier.rank", 32))
+    assert "identifier.rank: got 32, expected less than the features' 32" in found
+    (found,) = problems(*pooled, ("identifier.layers", [0, 1]))
+    assert "identifier.layers: got [0, 1], whose features are of the widths [16, 32]" in found
+    preflight.check(tiny.settings_with(*pooled, ("identifier.layers", [1, 2])))
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,7 @@ def test_all_problems_are_listed(tmp_path):
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 9
     assert problems(with_unseen()) == []
+    assert "expected different numbers" in problems(with_unseen(temperatures=(1.0, 1)))[0]
     assert "no two of the same" in problems(with_unseen(splits=[["t1"], ["t1"]]))[0]
     assert "at most 28" in problems(with_unseen(num_splits=29))[0]
     asked = {**with_unseen(), "tasks": ("cola", "stsb", "mmlu", "rte")}
@@ -524,6 +525,19 @@ def test_the_program_goes_on_where_it_was(tried, tmp_path, monkeypatch, capsys):
             assert split["rows"][name] == row
         assert set(split["rows"]["pretrained"]["unseen"]) == {split["name"]}
         assert set(split["rows"]["pretrained"]["seen"]) == set(split["seen"])
+
+
+def test_a_class_without_an_example_stops_the_program_before_any_fit(tried, tmp_path, monkeypatch):
+    run, _, settings = tried
+    config = tiny.get_config()
+    config.unseen = {**settings["unseen"], "num_train": 1}
+    monkeypatch.setattr(unseen, "make_row", None)
+    with (
+        tiny.world(run.cache),
+        pytest.raises(ValueError, match=r"unseen\.num_train: class .* has no example"),
+    ):
+        unseen.evaluate_unseen(config, tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_damaged_rows_are_made_again(tried, tmp_path, capsys):

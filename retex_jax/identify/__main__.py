@@ -232,7 +232,7 @@ def calibration_sweep(
 ) -> list[dict[str, Any]]:
     """Accuracy of each row's identifier, with its layers and options, fitted to other numbers of inputs.
 
-    A rank that a number of inputs does not allow is lowered to what it allows.
+    A rank, or a number of neighbours, that a number of inputs does not allow is lowered to what it allows.
     """
     sizes, names = settings["identify"]["calibration_sizes"], [task.name for task in tasks]
     swept = []
@@ -243,6 +243,8 @@ def calibration_sweep(
             options = dict(row["options"])
             if "rank" in options:
                 options["rank"] = min(options["rank"], size - 1)
+            if "k" in options:
+                options["k"] = min(options["k"], size * len(names))
             candidate = Candidate(
                 row["identifier"],
                 row["layer"],

@@ -90,6 +90,8 @@ def evaluate_unseen(config: ml_collections.ConfigDict, workdir: str | Path) -> d
         done = previous(workdir / _FILE, settings)
         failed: dict[str, str] = {}
         cases = [Case(settings, backbone, tasks, collected, unseen) for unseen in splits(settings)]
+        for case in cases:
+            case.check()
         with logging.progress(len(cases) * len(rules), "rules") as bar:
             for number, case in enumerate(cases):
                 found = done.setdefault(case.name, {})

@@ -60,6 +60,8 @@ def problems(settings: experiment.Settings) -> list[str]:
         found.append(
             f"unseen.temperatures: got {temperatures}, expected one or more finite numbers above 0"
         )
+    elif len(set(temperatures)) < len(temperatures):
+        found.append(f"unseen.temperatures: got {temperatures}, expected different numbers")
     if settings["expert_seeds"]:
         found.append(
             f"expert_seeds: got {settings['expert_seeds']}, expected (): this program takes the experts of "
@@ -135,6 +137,11 @@ class Case:
             name for name in self.__dict__ if isinstance(getattr(Case, name, None), cached_property)
         ]:
             del self.__dict__[name]
+
+    def check(self) -> None:
+        """Makes sure that every rule can be evaluated; as `transfer.make_world`."""
+        _ = self.world
+        self.forget()
 
     @cached_property
     def world(self) -> transfer.World:
