@@ -341,10 +341,19 @@ def known_tasks(released: release.Release) -> list[str]:
     return known
 
 
+def without_experts(settings: experiment.Settings) -> experiment.Settings:
+    """The settings of an experiment on snapshots with the pretrained one in place of the experts', which are not read."""
+    if not experiment.from_snapshots(settings):
+        return settings
+    spec = settings["experts"]
+    repositories = [spec["pretrained"]] * len(spec["repositories"])
+    return {**settings, "experts": {**spec, "repositories": repositories}}
+
+
 def main() -> None:
     """Evaluates an artefact on its tasks, see `known_tasks`, and prints the results."""
     released = release.load(_ARTIFACT.value)
-    settings, names = released.metadata["settings"], known_tasks(released)
+    settings, names = without_experts(released.metadata["settings"]), known_tasks(released)
     preflight.check(settings)
     experiment.start()
     experiment.fetch(settings, announce=logging.info)
