@@ -38,7 +38,6 @@ from retex_jax import (
     search,
 )
 from retex_jax.bench import Bench, choose, fit_row, searched
-from retex_jax.methods import METHODS
 from retex_jax.variants import Entry, plan, seeds
 
 _HASH = "sha256"
@@ -69,8 +68,7 @@ def previous(
     Returns:
       Rows and searches, by entry, of the same `identity`: those of planned entries if the seeds are as planned, and
       those of other entries, which stay in the table. Rows that lack a measure are of before there was such a one,
-      and are not kept; nor are those of methods that mix experts by input, if they do not tell how accurate the
-      experts are on these inputs.
+      and are not kept.
     """
     if not path.is_file():
         return {}, {}
@@ -86,18 +84,12 @@ def previous(
     rows = {
         row["entry"]: row
         for row in results["rows"]
-        if row["seeds"] == planned.get(row["entry"], row["seeds"]) and _is_measured(row)
+        if row["seeds"] == planned.get(row["entry"], row["seeds"])
+        and evaluate.MEASURES.keys() <= row.keys()
     }
     if rows:
         logging.info(f"kept {len(rows)} rows of {path}; without that file they are fitted again")
     return rows, {name: found for name, found in results["searches"].items() if name in rows}
-
-
-def _is_measured(row: Mapping[str, Any]) -> bool:
-    """Whether a row has all that rows have today."""
-    method = METHODS.get(row.get("method", ""))
-    is_routed = method is not None and method.predict is not None
-    return evaluate.MEASURES.keys() <= row.keys() and (not is_routed or "individual" in row)
 
 
 def _is_whole(results: Mapping[str, Any]) -> bool:

@@ -497,20 +497,6 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         assert "is replaced" in capsys.readouterr().err
 
 
-def test_routed_rows_that_were_measured_by_other_inputs_are_not_kept(tmp_path):
-    settings = command_line.as_dict(tiny.get_config())
-    measures = dict.fromkeys(evaluate.MEASURES, 1.0)
-    rows = [
-        {"entry": "emr", "method": "emr", "seeds": [0], **measures},
-        {"entry": "twin", "method": "twin", "seeds": [0], **measures},
-        {"entry": "dawin", "method": "dawin", "seeds": [0], "individual": {}, **measures},
-    ]
-    path = tmp_path / "results.json"
-    found = {"identity": compare.identity(settings), "rows": rows, "searches": {}}
-    path.write_text(json.dumps(found))
-    assert list(compare.previous(path, [], settings)[0]) == ["emr", "dawin"]
-
-
 def test_a_method_that_fails_is_reported_and_the_rest_go_on(
     tmp_path_factory, tmp_path, monkeypatch
 ):
