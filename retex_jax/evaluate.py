@@ -342,7 +342,7 @@ def known_tasks(released: release.Release) -> list[str]:
 
 
 def without_experts(settings: experiment.Settings) -> experiment.Settings:
-    """The settings with the pretrained snapshot, if there are snapshots, in place of the experts', which are not read."""
+    """The settings with the pretrained snapshot in place of the experts', if there are such: they are not read."""
     if not experiment.from_snapshots(settings):
         return settings
     spec = settings["experts"]
