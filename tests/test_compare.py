@@ -331,9 +331,11 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     """A method that sends every input to one expert has that expert's accuracies."""
     run, collected, calibrations = calibrated
     params = collected.experts.expert_params(2)
+    sizes = []
 
     def predict(state, model, batch):
         assert set(batch) == {"image"}
+        sizes.append(len(batch["image"]))
         return model.features(params, batch)
 
     fixed = METHODS["twin"].__class__(
@@ -341,7 +343,10 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     )
     monkeypatch.setitem(METHODS, "fixed", fixed)
     suite = collection.make_suite(run.settings, run.backbone, run.tasks, collected)
+    count = sum(len(task.splits["test"]["label"]) for task in run.tasks)
+    suite = suite._replace(batch_size=count // 2 + 1)
     row = evaluate.routed_row(suite, "fixed", "", None, calibrations["test"], 10**6, 1.5)
+    assert sizes == [count // 2 + 1, count - count // 2 - 1]  # no row fills the last batch up
     assert row["accuracy"] == protocols.known(suite, lambda task: params)
     assert (row["task_known"], row["head_known"]) == (False, True)
     assert row["bytes_per_task"] == 10
