@@ -125,12 +125,12 @@ def routed_row(
     mixed = protocols.mixed_test(suite.tasks, suite.seed)
     read = suite.model.example_batch()
     inputs = {name: array for name, array in mixed.items() if name in read}
-    features = np.concatenate(
-        [
-            np.asarray(entry.predict(state, model, batch))[valid]
-            for batch, valid in data.padded_batches(inputs, suite.batch_size)
-        ]
+    # Without what fills the last batch up: the mixture of DaWin weighs a batch as a whole.
+    batches = (
+        {name: array[valid] for name, array in batch.items()}
+        for batch, valid in data.padded_batches(inputs, suite.batch_size)
     )
+    features = np.concatenate([np.asarray(entry.predict(state, model, batch)) for batch in batches])
     accuracy = {}
     for index, task in enumerate(suite.tasks):
         rows = mixed["task"] == index

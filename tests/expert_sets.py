@@ -1,4 +1,6 @@
-"""Expert sets of the flat models of `references`, and how results are compared with a reference."""
+"""Expert sets of the flat models of `references`, how results are compared, and what memory a call takes."""
+
+import tracemalloc
 
 import numpy as np
 import references
@@ -25,3 +27,13 @@ def assert_close(found, want, rtol=1e-5, atol=1e-5):
         assert one.shape == two.shape, name
         one, two = one.astype(np.float64), two.astype(np.float64)
         np.testing.assert_allclose(one, two, rtol=rtol, atol=atol, err_msg=name)
+
+
+def host_peak(function):
+    """What a function returns, and the most bytes of NumPy arrays and Python objects that it held."""
+    tracemalloc.start()
+    try:
+        result = function()
+        return result, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -358,9 +358,11 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     own on the same inputs."""
     run, collected, calibrations = calibrated
     params = collected.experts.expert_params(2)
+    sizes = []
 
     def predict(state, model, batch):
         assert set(batch) == {"image"}
+        sizes.append(len(batch["image"]))
         return model.features(params, batch)
 
     fixed = METHODS["twin"].__class__(
@@ -373,7 +375,10 @@ def test_routed_methods_are_scored_by_each_inputs_own_head(calibrated, monkeypat
     for task, labels in zip(suite.tasks, tests, strict=True):
         np.testing.assert_array_equal(task.splits["test"]["label"], labels)
     assert suite.individual == protocols.known(suite, collected.experts.expert_params)
+    count = sum(map(len, tests))
+    suite = suite._replace(batch_size=count // 2 + 1)
     row = evaluate.routed_row(suite, "fixed", "", None, calibrations["test"], 1.5)
+    assert sizes == [count // 2 + 1, count - count // 2 - 1]  # no row fills the last batch up
     assert row["accuracy"] == protocols.known(suite, lambda task: params)
     assert row["individual"] == suite.individual
     third = run.tasks[2].name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import references
 import references_dts
-from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
+from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set, host_peak
 from hypothesis import strategies as st
 
 from retex_jax.personalized import dts, thresholding, unseen
@@ -149,6 +149,14 @@ def test_without_decomposition_equals_the_reference(model, levels):
     for task, expert in enumerate(experts):
         want = references_dts.dts(pretrained, expert, 1.0, levels=levels, decompose=False)
         assert_close(dts.recover(state, task), want)
+
+
+def test_without_decomposition_one_experts_differences_are_held():
+    model = {"a": np.random.default_rng(3).normal(size=(256, 256)).astype(np.float32)}
+    _fit(model, [model] * 2, decompose=False)  # compiles
+    state, peak = host_peak(lambda: _fit(model, [model] * 32, decompose=False))
+    assert peak < 32 * model["a"].nbytes / 2
+    assert state.num_tasks == 32
 
 
 def test_defaults_are_those_of_the_paper():

@@ -6,6 +6,7 @@ import pytest
 import references
 import references_routed as ref
 import routed_model as net
+from expert_sets import host_peak
 
 from retex_jax.personalized import magnitude, router, twin
 
@@ -303,6 +304,13 @@ def test_sharded_equals_one_device(place_on_8_devices):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         _fit(net.case(2), **options)
+
+
+def test_magnitude_holds_the_experts_differences_once():
+    model = {"a": np.random.default_rng(3).normal(size=(256, 256)).astype(np.float32)}
+    experts = net.rtx.ExpertSet.from_trees(model, [model] * 32)
+    _, peak = host_peak(lambda: magnitude.fit(experts, density=0.1))
+    assert peak < 2 * 32 * model["a"].nbytes
 
 
 def test_bad_task_weights_chunk_density_and_inputs():

@@ -158,14 +158,14 @@ def fit(
     vectors, scalars = {}, {}
     for name in experts.float_leaves:
         if name not in plans:
-            differences = [
+            differences = (
                 low_rank.difference(experts, flat, name, task) for task in range(experts.num_tasks)
-            ]
-            if differences[0].ndim:
+            )
+            if experts.leaves[name].shape:
                 rows = (difference.reshape(1, -1) for difference in differences)
                 vectors[name] = _stack([pack(*threshold(row, scale, levels)) for row in rows])
             else:
-                scalars[name] = jnp.asarray(np.stack(differences), jnp.float32)
+                scalars[name] = jnp.asarray(np.stack(list(differences)), jnp.float32)
     return DtsState(merged, left, right, values, vectors, scalars, experts.layout)
 
 

@@ -75,9 +75,9 @@ def fit(
     flat = tree.flatten(merged)
     values, kept, whole = {}, {}, {}
     for name in experts.float_leaves:
-        differences = np.stack(
-            [low_rank.difference(experts, flat, name, task) for task in range(experts.num_tasks)]
-        ).astype(np.float32)
+        differences = np.empty((experts.num_tasks, *experts.leaves[name].shape), np.float32)
+        for task in range(experts.num_tasks):
+            differences[task] = low_rank.difference(experts, flat, name, task)
         if differences.ndim < 3 or density == 1:
             whole[name] = jnp.asarray(differences)
             continue
