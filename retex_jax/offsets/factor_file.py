@@ -35,7 +35,7 @@ def save(path: str | os.PathLike[str], state: OffsetState) -> None:
       path: of the file; its folder must exist.
       state: of addressable arrays; see `offsets.gather`.
     """
-    with factor_writer.writing(path, tree.flatten(state.merged)) as file:
+    with factor_writer.writing(path, factor_writer.room_for_state(state)) as file:
         file.put_merged(state.merged)
         for name, form in state.offsets.items():
             file.offsets[name] = form
