@@ -230,6 +230,17 @@ def test_a_finished_fit_is_opened(tmp_path, monkeypatch):
         assert path.read_bytes() != before
 
 
+def test_opening_a_finished_fit_leaves_another_unfinished_one(tmp_path):
+    made = expert_set(*references.few_leaves(2))
+    path, journal = tmp_path / "offsets.safetensors", tmp_path / ".offsets.safetensors.journal"
+    RETEX.fit(made, rank=4, file=path, resume="x")
+    with pytest.raises(KeyboardInterrupt):
+        RETEX.fit(made, rank=3, file=path, resume="x", progress=stop_after(1))
+    kept = journal.read_bytes()
+    RETEX.fit(made, rank=4, file=path, resume="x")
+    assert journal.read_bytes() == kept
+
+
 def test_a_damaged_finished_fit_is_solved_again_and_named(tmp_path, caplog):
     made = expert_set(*references.flax_model(2))
     path = tmp_path / "offsets.safetensors"
