@@ -1,3 +1,4 @@
+import json
 import math
 
 import jax
@@ -30,13 +31,18 @@ class DictCheckpoints:
 
     def __init__(self):
         self.steps = {}
+        self.facts = {}
         self.restored = []
 
     def latest(self):
         return max(self.steps, default=None)
 
-    def save(self, step, tree):
+    def metadata(self, step):
+        return self.facts[step]
+
+    def save(self, step, tree, metadata):
         self.steps[step] = jax.tree.map(np.array, tree)
+        self.facts[step] = json.loads(json.dumps(metadata))
 
     def restore(self, step, like):
         self.restored.append(step)
@@ -338,6 +344,23 @@ def test_resuming_is_bitwise_equal_to_never_stopping(tasks_per_step, killed_at):
     _assert_equal(whole, resumed)
     # A finished fit is read back without a step.
     _assert_equal(whole, _fit(**options, checkpoints=checkpoints, progress=pytest.fail))
+
+
+def test_a_checkpoint_of_another_fit_is_not_taken():
+    checkpoints = DictCheckpoints()
+    pretrained, experts = _model()
+    _fit((pretrained, experts), checkpoints=checkpoints)
+    moved = [{name: 2 * leaf for name, leaf in expert.items()} for expert in experts]
+    for model, options, named in (
+        ((pretrained, moved), {}, "energies"),
+        ((pretrained, experts), {"steps": 30}, "steps"),
+        ((pretrained, experts), {"key": jax.random.key(1)}, "key"),
+        ((pretrained, experts), {"orientation": "left"}, "leaves"),
+    ):
+        message = rf"checkpoints: step 40 is of another fit, whose \['{named}'\] differ"
+        with pytest.raises(ValueError, match=message):
+            _fit(model, **options, checkpoints=checkpoints)
+    assert not checkpoints.restored
 
 
 def test_fitting_twice_is_bitwise_equal_and_the_key_matters():

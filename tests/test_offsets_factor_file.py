@@ -134,6 +134,27 @@ def test_long_names_have_room_in_the_header(tmp_path):
     assert_same(factor_file.load(path).offsets[name], state.offsets[name])
 
 
+def test_the_ranks_of_many_tasks_have_room_in_the_header(tmp_path):
+    rng = np.random.default_rng(0)
+    models = [{"w/kernel": rng.normal(size=(12, 12)).astype("f4")} for _ in range(2001)]
+    path = tmp_path / "offsets.safetensors"
+    made = expert_set(models[0], models[1:])
+    state = RETEX.fit(made, budget=20000, sharing="separate", file=path)
+    assert factor_file.load(path).offsets["w/kernel"].ranks == state.offsets["w/kernel"].ranks
+
+
+def test_added_tasks_have_room_in_the_header(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"w_{number}/kernel" for number in range(8)]
+    models = [{name: rng.normal(size=(8, 8)).astype("f4") for name in names} for _ in range(4)]
+    state = RETEX.fit(expert_set(models[0], models[1:]), rank=2)
+    for expert in models[1:]:
+        expert = references.nested(expert)
+        state = rtx.offsets.add_task(state, expert, budget=0.9, bits=4, vector_bits=4)
+    factor_file.save(tmp_path / "offsets.safetensors", state)
+    assert_same(factor_file.load(tmp_path / "offsets.safetensors").offsets, state.offsets)
+
+
 @pytest.mark.parametrize(
     "options", [{"solver": "adam"}, {"form": "affine"}, {"d_emb": 1}, {"form": "shape_shared"}]
 )
@@ -207,6 +228,17 @@ def test_a_finished_fit_is_opened(tmp_path, monkeypatch):
         before = path.read_bytes()
         RETEX.fit(made, **options, file=path)
         assert path.read_bytes() != before
+
+
+def test_opening_a_finished_fit_leaves_another_unfinished_one(tmp_path):
+    made = expert_set(*references.few_leaves(2))
+    path, journal = tmp_path / "offsets.safetensors", tmp_path / ".offsets.safetensors.journal"
+    RETEX.fit(made, rank=4, file=path, resume="x")
+    with pytest.raises(KeyboardInterrupt):
+        RETEX.fit(made, rank=3, file=path, resume="x", progress=stop_after(1))
+    kept = journal.read_bytes()
+    RETEX.fit(made, rank=4, file=path, resume="x")
+    assert journal.read_bytes() == kept
 
 
 def test_a_damaged_finished_fit_is_solved_again_and_named(tmp_path, caplog):

@@ -15,6 +15,7 @@ from retex_jax.offsets import exact, factor_file, sharded
 from retex_jax.offsets.state import plan_leaves
 
 NUM_TASKS = 8
+FLOAT32 = np.dtype(np.float32)
 MESHES = [{"task": 1}, {"task": 8}, {"task": 4, "layer": 2}]
 
 
@@ -32,6 +33,10 @@ def assert_same(found, want):
     for task in (0, 3, NUM_TASKS - 1):
         one = references.flat(jax.device_get(rtx.offsets.recover(found, task)))
         assert_close(one, references.flat(rtx.offsets.recover(want, task)), 1e-5, 1e-6)
+    assert_same_report(found, want)
+
+
+def assert_same_report(found, want):
     for part in ("residuals", "optima", "energies"):
         figures, wanted = getattr(found.report, part), getattr(want.report, part)
         assert figures.keys() == wanted.keys()
@@ -68,6 +73,33 @@ def test_another_base_and_single_precision(experts):
         np.testing.assert_array_equal(references.flat(found.merged)[name], leaf)
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_offsets_make_up_for_the_rounding_of_the_merged_model(dtype, is_given):
+    rng = np.random.default_rng(0)
+    start = {"a/kernel": rng.normal(size=(32, 32)), "a/bias": rng.normal(size=32)}
+    ulp = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    models = [
+        {name: x + ulp * rng.normal(size=x.shape) * (task > 0) for name, x in start.items()}
+        for task in range(5)
+    ]
+    models = [{name: x.astype(jnp.dtype(dtype)) for name, x in own.items()} for own in models]
+    models = [model | {"b/kernel": rng.normal(size=(32, 32)).astype("f4")} for model in models]
+    experts = expert_set(models[0], models[1:])
+    base = "weight_average"
+    if is_given:
+        base = tree.unflatten(
+            {name: np.mean([x[name].astype("f4") for x in models], 0) for name in models[0]}
+        )
+    found = rtx.offsets.fit_sharded(experts, mesh_of({"task": 2}), rank=8, base=base)
+    rounded = found.merged if is_given else base
+    want = rtx.offsets.fit(experts, rank=8, base=rounded, precision="float64")
+    assert_same_report(found, want)
+    for task, model in enumerate(models[1:]):
+        recovered = references.flat(rtx.offsets.recover(found, task))["a/bias"]
+        np.testing.assert_array_equal(recovered, model["a/bias"])
+
+
 def test_the_gram_matrix_and_the_average_alone_cross_the_task_axis():
     """The collectives of the compiled program: sums of [b, b], of the leaf, and of three numbers."""
     rows, columns = 24, 16
@@ -75,7 +107,7 @@ def test_the_gram_matrix_and_the_average_alone_cross_the_task_axis():
     plan = plan_leaves(leaves, "flax", 4, "paper", "right")["a/kernel"]
     mesh = mesh_of({"task": 8})
     with jax.enable_x64(True):
-        program = sharded.program(mesh, plan, NUM_TASKS, "float64", False)
+        program = sharded.program(mesh, plan, NUM_TASKS, "float64", False, FLOAT32)
         there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "task"))
         stack = jax.ShapeDtypeStruct((1, NUM_TASKS, columns, rows), jnp.float32, sharding=there)
         text = program.lower(stack).compile().as_text()
@@ -116,7 +148,7 @@ def test_each_of_eight_devices_computes_with_its_share_of_many_experts():
         there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "task"))
         stack = jax.ShapeDtypeStruct((1, 512, 32, 32), jnp.float32, sharding=there)
         with jax.enable_x64(True):
-            program = sharded.program(mesh, plan, 512, "float64", False)
+            program = sharded.program(mesh, plan, 512, "float64", False, FLOAT32)
             found = program.lower(stack).compile().memory_analysis()
         held.append(
             found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes

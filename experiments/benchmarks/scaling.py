@@ -93,7 +93,7 @@ def closed_form_program(num_tasks: int, num_leaves: int, **mesh_sizes: int) -> i
     shape = (768, 768)
     plan = plan_leaves({"a": jax.ShapeDtypeStruct(shape, np.float32)}, "torch", 64)["a"]
     mesh = make_mesh(**mesh_sizes)
-    program = sharded.program(mesh, plan, num_tasks, "float64", False)
+    program = sharded.program(mesh, plan, num_tasks, "float64", False, np.dtype(np.float32))
     where = NamedSharding(mesh, P("layer" if "layer" in mesh_sizes else None, "task"))
     stack = jax.ShapeDtypeStruct((num_leaves, num_tasks, *shape), np.float32, sharding=where)
     with jax.enable_x64(True):

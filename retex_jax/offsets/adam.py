@@ -15,7 +15,8 @@ the factors. Along the tasks nothing is split: each task's factors are made by t
 which the devices would exchange all in every step.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -63,8 +64,12 @@ class Checkpoints(Protocol):
         """The tree of that step."""
         ...
 
-    def save(self, step: int, tree: Any) -> None:
-        """Keeps a tree."""
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was saved with that step."""
+        ...
+
+    def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> object:
+        """Keeps a tree, and JSON values with it."""
         ...
 
 
@@ -132,25 +137,24 @@ def fit(
       resumed.
 
     Raises:
-      ValueError: for a setting that is out of range, if the mesh has other axes, or if theta_0 is needed and
-        missing.
+      ValueError: for a setting that is out of range, if the mesh has other axes, if theta_0 is needed and
+        missing, or if the checkpoint is of another fit.
       FloatingPointError: if the loss is not finite, with the step.
       Preempted: see `preempted`; it ends the program.
     """
     d_emb = experts.num_tasks if d_emb is None else d_emb
-    check_settings(
-        form=form,
-        task_rank=task_rank,
-        d_emb=d_emb,
-        objective=objective,
-        l2_weight=l2_weight,
-        learning_rate=learning_rate,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        tasks_per_step=tasks_per_step,
-        chunk_steps=chunk_steps,
-        checkpoint_every=checkpoint_every,
-    )
+    settings: dict[str, Any] = {
+        "form": form,
+        "task_rank": task_rank,
+        "d_emb": d_emb,
+        "objective": objective,
+        "l2_weight": l2_weight,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "tasks_per_step": tasks_per_step,
+    }
+    check_settings(**settings, chunk_steps=chunk_steps, checkpoint_every=checkpoint_every)
     if mesh is not None:
         sharding.check_axes(mesh, (sharding.LAYER, sharding.MODEL))
     base = tree.flatten(merged)
@@ -180,7 +184,9 @@ def fit(
         there = sharding.shardings(jax.eval_shape(init), mesh, RULES)
         state = jax.jit(init, out_shardings=there)()
     done = 0
+    facts = _facts(experts, plans, problem, key, settings)
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
+        _check_same(checkpoints.metadata(latest), facts, latest)
         state, done = checkpoints.restore(latest, state), latest
     run = partial(run_steps, optimizer, tasks_per_step, Objective(objective, l2_weight), form, mesh)
     gammas: list[dict[str, np.ndarray]] = []
@@ -204,7 +210,7 @@ def fit(
             continue
         is_leaving = preempted is not None and preempted()
         if is_leaving or done % checkpoint_every == 0 or done == steps:
-            checkpoints.save(done, state)
+            checkpoints.save(done, state, facts)
         if is_leaving:
             raise Preempted(f"the Adam fit is saved at step {done} of {steps}")
     result = learned.to_state(
@@ -218,6 +224,38 @@ def fit(
             f"learning_rate = {learning_rate}"
         )
     return result
+
+
+def _facts(
+    experts: ExpertSet,
+    plans: Mapping[str, LeafPlan],
+    problem: Problem,
+    key: jax.Array,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What tells a fit from others: texts, and the offsets' energies, which another device may round otherwise."""
+    leaves = [
+        (name, spec.shape, str(spec.dtype), plans.get(name))
+        for name, spec in experts.leaves.items()
+    ]
+    drawn = jax.random.key_impl(key), jax.random.key_data(key).tolist()
+    given = {**settings, "key": drawn, "experts": list(experts.names)}
+    return {
+        **{name: str(value) for name, value in given.items()},
+        "leaves": hashlib.sha256(repr(leaves).encode()).hexdigest(),
+        "energies": np.asarray(problem.energies, np.float64).tolist(),
+    }
+
+
+def _check_same(known: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
+    other = [name for name in facts if name != "energies" and known.get(name) != facts[name]]
+    # Lengths are the same where "experts" are.
+    if not other and not np.allclose(known["energies"], facts["energies"], rtol=1e-3, atol=0):
+        other = ["energies"]
+    if other:
+        raise ValueError(
+            f"checkpoints: step {step} is of another fit, whose {other} differ; expected this fit's, or none"
+        )
 
 
 @lru_cache(maxsize=16)

@@ -48,8 +48,8 @@ def add_task(
 
     Raises:
       ValueError: if the state has a generator of fewer than T embeddings, the expert does not fit the merged
-        model, or the budget is too small for what is not chosen by it: the leaves below two axes, and the
-        task factors of the projection.
+        model, or the budget is too small for what is not chosen by it: the embeddings' growth, the leaves below
+        two axes, and the task factors of the projection.
     """
     _check(state, expert)
     bases = _bases(state)
@@ -62,9 +62,10 @@ def add_task(
         rank_rule="clip",
     )
     total = budget * tree.param_bytes(state.merged) if budget < 1 else budget
-    total -= sum(
-        coded_bytes(merged[name].size, 1, vector_bits) for name in names if name not in plans
-    )
+    vectors = [merged[name] for name in names if name not in plans]
+    # As in `fit`: the embeddings' growth, a shared scalar of each vector, the last byte of codes.
+    total -= 4 * (2 * state.num_tasks + 1) + 4 * len(vectors) + 2 * len(plans)
+    total -= sum(coded_bytes(leaf.size, 1, vector_bits if leaf.ndim else 32) for leaf in vectors)
     projections: dict[str, Stored] = {}
     remaining: dict[str, jax.Array] = {}
     added: dict[str, OwnForm | None] = {}
@@ -85,8 +86,8 @@ def add_task(
             remaining[name] = (matrix - product.offset(jnp.ones(1)))[None]
     if total <= 0:
         raise ValueError(
-            f"budget: got {budget!r}, {-total:.0f} bytes too few for the leaves below two axes and the "
-            f"projection (project = {project}) at bits = {bits}, vector_bits = {vector_bits}"
+            f"budget: got {budget!r}, {-total:.0f} bytes too few for the embeddings, the leaves below two "
+            f"axes and the projection (project = {project}) at bits = {bits}, vector_bits = {vector_bits}"
         )
     ranks = _ranks(plans, remaining, total, bits)
     for name, matrix in remaining.items():
@@ -109,7 +110,8 @@ def remove_task(state: OffsetState, task: int) -> OffsetState:
       task: task id, 0 to T - 1; later tasks move up by one.
 
     Returns:
-      The state of T - 1 tasks. Removing the task that was added last gives back the state as it was.
+      The state of T - 1 tasks. Removing the task that was added last gives back the state as it was. Its report
+      is still that of all tasks of the fit.
 
     Raises:
       ValueError: if the state has a generator of fewer than T embeddings, or `task` is out of range or the

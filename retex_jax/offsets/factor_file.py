@@ -35,7 +35,7 @@ def save(path: str | os.PathLike[str], state: OffsetState) -> None:
       path: of the file; its folder must exist.
       state: of addressable arrays; see `offsets.gather`.
     """
-    with factor_writer.writing(path, tree.flatten(state.merged)) as file:
+    with factor_writer.writing(path, factor_writer.room_for_state(state)) as file:
         file.put_merged(state.merged)
         for name, form in state.offsets.items():
             file.offsets[name] = form
@@ -45,10 +45,10 @@ def save(path: str | os.PathLike[str], state: OffsetState) -> None:
 def load_finished(path: str | os.PathLike[str], identity: str) -> OffsetState | None:
     """What a fit of this identity has left at `path`, or None; a damaged file is named in a warning.
 
-    A journal that the fit was killed before it could remove is removed.
+    A journal that the fit was killed before it could remove is removed; that of another fit stays.
 
     Raises:
-      RuntimeError: if another fit has the journal open.
+      RuntimeError: if another fit of this identity has the journal open.
     """
     try:
         if SafetensorsFile(path).metadata.get("identity") != json.dumps(identity):
@@ -60,7 +60,7 @@ def load_finished(path: str | os.PathLike[str], identity: str) -> OffsetState | 
         _log.warning("%s is solved again: %s", path, error)
         return None
     journal_path = factor_writer.journal_path(Path(path))
-    if journal_path.exists():
+    if Journal.is_of(journal_path, identity):
         with contextlib.closing(Journal(journal_path, identity)) as journal:
             journal.remove()
     return state

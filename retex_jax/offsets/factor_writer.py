@@ -12,7 +12,7 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,12 @@ from retex_jax.typing import Array, Params
 
 # Bytes: JAX takes over host memory at multiples of it, without a copy.
 _ALIGNMENT = 64
-# Of a header, for each leaf: eight entries, their hashes and a report at most, in which its name stands often.
+# Of a fit's header, for each leaf: eight entries, their hashes and a report at most, in which its name stands often.
 _HEADER_A_LEAF = 2816
 _NAMES_A_LEAF = 14
+_HEADER_A_RANK = 12
+# Where no tensor starts, and no header's number is longer.
+_FAR = 10**18
 
 
 class FactorFile:
@@ -44,17 +47,16 @@ class FactorFile:
       notes: what `note` has kept, by the earlier fit too.
     """
 
-    def __init__(self, path: Path, leaves: Mapping[str, object], journal: Journal | None = None):
+    def __init__(self, path: Path, room: int, journal: Journal | None = None):
         """Opens it.
 
         Args:
           path: of the file, which is overwritten from where the journal ends.
-          leaves: by name; all leaves that will be put, so that the header has its room.
+          room: bytes for the header, see `room_for_fit` and `room_for_state`.
           journal: of what is finished, for `commit`.
         """
-        names = sum(_NAMES_A_LEAF * len(json.dumps(name)) + _HEADER_A_LEAF for name in leaves)
         self._path = path
-        self._start = -(-(4096 + names) // _ALIGNMENT) * _ALIGNMENT
+        self._start = -(-(8 + room) // _ALIGNMENT) * _ALIGNMENT
         self._size = 0
         # By name: dtype, shape, sha256, and where it starts; None of those in `_last`, which are written last.
         self._tensors: dict[str, dict[str, Any]] = {}
@@ -156,34 +158,22 @@ class FactorFile:
             getattr(report, part).update({name: known[name] for name in leaves if name in known})
 
     def finish(self, state: OffsetState, identity: str | None = None) -> None:
-        """Writes what is left, and the header."""
+        """Writes what is left, and the header.
+
+        Raises:
+          ValueError: if the header is larger than its room.
+        """
         self.put("task_embeddings", state.task_embeddings)
-        report = state.report
-        for name, spectrum in report.spectra.items():
+        for name, spectrum in state.report.spectra.items():
             self.put(f"spectra/{name}", spectrum)
         for name, values in self._last.items():
             self._tensors[name]["start"] = self._write(values)
-        tensors = dict(sorted(self._tensors.items(), key=lambda item: item[1]["start"]))
-        described = {
-            name: {"dtype": known["dtype"], "shape": known["shape"]}
-            for name, known in tensors.items()
-        }
-        facts = {
-            "layout": state.layout,
-            "forms": self._facts,
-            "report": {part: getattr(report, part) for part in REPORTED},
-            "identity": identity,
-            "sha256": [known["sha256"] for known in tensors.values()],
-        }
-        metadata = {name: json.dumps(value) for name, value in facts.items()}
-        metadata[SEAL] = seal(metadata, described)
-        entries = {
-            name: {**described[name], "data_offsets": [known["start"], _stop(known)]}
-            for name, known in tensors.items()
-        }
-        header = json.dumps({"__metadata__": metadata, **entries}).encode()
+        header = _header(self._tensors, state, self._facts, identity)
         length = self._start - 8
-        assert len(header) <= length
+        if len(header) > length:
+            raise ValueError(
+                f"{self._path}: its header takes {len(header)} bytes, and has room for {length}"
+            )
         self._file.seek(0)
         self._file.write(length.to_bytes(8, "little") + header.ljust(length))
         self.close()
@@ -264,9 +254,62 @@ class _Offsets(dict[str, Form]):
         super().__setitem__(name, self._file.put_form(name, form))
 
 
+def room_for_fit(leaves: Iterable[str], num_ranks: int) -> int:
+    """Bytes that the header of a fit takes at most.
+
+    Args:
+      leaves: names of all leaves that will be put.
+      num_ranks: numbers a leaf: T where tasks may not share a factor, else 0.
+    """
+    a_leaf = _HEADER_A_LEAF + _HEADER_A_RANK * num_ranks
+    return 4096 + sum(_NAMES_A_LEAF * len(json.dumps(name)) + a_leaf for name in leaves)
+
+
+def room_for_state(state: OffsetState) -> int:
+    """Bytes that the header of a state takes at most, without an identity."""
+    offsets, forms = serialization.to_tensors(state.offsets)
+    arrays = {"task_embeddings": state.task_embeddings}
+    folders = (
+        ("merged", tree.flatten(state.merged)),
+        ("offsets", offsets),
+        ("spectra", state.report.spectra),
+    )
+    for folder, named in folders:
+        arrays |= {f"{folder}/{name}": array for name, array in named.items()}
+    unwritten = {"sha256": content_hash(np.zeros(0)), "start": _FAR}
+    tensors = {name: {**describe(array), **unwritten} for name, array in arrays.items()}
+    return len(_header(tensors, state, forms, None))
+
+
+def _header(
+    tensors: Mapping[str, Mapping[str, Any]],
+    state: OffsetState,
+    forms: Mapping[str, object],
+    identity: str | None,
+) -> bytes:
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1]["start"]))
+    described = {
+        name: {"dtype": known["dtype"], "shape": known["shape"]} for name, known in tensors.items()
+    }
+    facts = {
+        "layout": state.layout,
+        "forms": forms,
+        "report": {part: getattr(state.report, part) for part in REPORTED},
+        "identity": identity,
+        "sha256": [known["sha256"] for known in tensors.values()],
+    }
+    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    metadata[SEAL] = seal(metadata, described)
+    entries = {
+        name: {**described[name], "data_offsets": [known["start"], _stop(known)]}
+        for name, known in tensors.items()
+    }
+    return json.dumps({"__metadata__": metadata, **entries}).encode()
+
+
 @contextlib.contextmanager
 def writing(
-    path: str | os.PathLike[str], leaves: Mapping[str, object], identity: str | None = None
+    path: str | os.PathLike[str], room: int, identity: str | None = None
 ) -> Iterator[FactorFile]:
     """Opens a file beside `path`, which takes its place if all goes well; see `FactorFile`.
 
@@ -279,13 +322,13 @@ def writing(
     if identity is None:
         with (
             files.replacing(path) as beside,
-            contextlib.closing(FactorFile(beside, leaves)) as file,
+            contextlib.closing(FactorFile(beside, room)) as file,
         ):
             yield file
         return
     unfinished = path.with_name(f".{path.name}.unfinished")
     with contextlib.closing(Journal(journal_path(path), identity)) as journal:
-        with contextlib.closing(FactorFile(unfinished, leaves, journal)) as file:
+        with contextlib.closing(FactorFile(unfinished, room, journal)) as file:
             yield file
         files.publish(unfinished, path)
         journal.remove()

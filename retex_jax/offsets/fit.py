@@ -151,7 +151,9 @@ def fit(
         return function(experts, merged, plans, **own, **solver_options)
     opened = contextlib.nullcontext()
     if file is not None:
-        opened = factor_writer.writing(file, experts.leaves, identity)
+        num_ranks = 0 if sharing == "shared" else experts.num_tasks
+        room = factor_writer.room_for_fit(experts.leaves, num_ranks)
+        opened = factor_writer.writing(file, room, identity)
     with opened as factors:
         merged = bases.merge(experts, key, base, base_options, factors)
         weights = _weights(experts, merged, task_weights)

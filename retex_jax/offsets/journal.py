@@ -41,6 +41,14 @@ class Journal:
             self._file.truncate(0)
             self.append({"identity": identity})
 
+    @classmethod
+    def is_of(cls, path: Path, identity: str) -> bool:
+        """Whether there is a journal of this identity."""
+        if not path.exists():
+            return False
+        with path.open("rb") as file:
+            return file.readline() == _line(json.dumps({"identity": identity}).encode())
+
     def append(self, entry: dict[str, Any]) -> None:
         """Writes an entry to the disk."""
         text = json.dumps(entry).encode()

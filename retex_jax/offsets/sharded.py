@@ -40,7 +40,7 @@ class Solved(NamedTuple):
     """Of G leaves of one shape; S and G_t only of matrices.
 
     Attributes:
-      merged: [G, *shape], float32.
+      merged: [G, *shape], float32, rounded to the leaves' dtype.
       factors: [G, T, a, r]; the differences themselves, [G, T, *shape], of leaves below two axes.
       shared: [G, r, b], or [G, 0].
       residual: [G], as are `optimum` and `energy`.
@@ -96,18 +96,21 @@ def fit_sharded(
     given = None if isinstance(base, str) else tree.flatten(base)
     layers = dict(mesh.shape).get(LAYER, 1)
     names = experts.float_leaves
-    keys = {name: (experts.leaves[name].shape, plans.get(name)) for name in names}
+    keys = {
+        name: (experts.leaves[name].shape, experts.leaves[name].dtype, plans.get(name))
+        for name in names
+    }
     offsets: dict[str, Form] = {}
     report = FitReport({}, {}, {}, {})
     merged = {name: experts.pretrained(name) for name in experts.leaves if name not in keys}
     with jax.enable_x64(precision == "float64"):
         for group in tree.groups(keys, lambda _: layers):
             plan = plans.get(group[0])
-            solve = program(mesh, plan, experts.num_tasks, precision, given is not None)
+            dtype = jax.dtypes.canonicalize_dtype(experts.leaves[group[0]].dtype)
+            solve = program(mesh, plan, experts.num_tasks, precision, given is not None, dtype)
             solved = solve(*_placed(experts, given, group, mesh))
             for index, name in enumerate(group):
                 own = _take(mesh, solved, index)
-                dtype = jax.dtypes.canonicalize_dtype(experts.leaves[name].dtype)
                 merged[name] = own.merged.astype(dtype)
                 offsets[name] = _form(own, plan)
                 _report(report, name, own)
@@ -200,7 +203,12 @@ def _placed(
 
 @lru_cache(maxsize=64)
 def program(
-    mesh: Mesh, plan: LeafPlan | None, num_tasks: int, precision: str, has_base: bool
+    mesh: Mesh,
+    plan: LeafPlan | None,
+    num_tasks: int,
+    precision: str,
+    has_base: bool,
+    dtype: np.dtype,
 ) -> Callable[..., Solved]:
     """What solves a group of leaves of one plan, compiled: the arguments of `_solve` of all devices to `Solved`.
 
@@ -210,12 +218,13 @@ def program(
       num_tasks: T.
       precision: as for `fit_sharded`.
       has_base: whether the base is given beside the stack.
+      dtype: of the leaves, to which the base is rounded.
     """
     layer = LAYER if LAYER in mesh.shape else None
     by_task, by_layer = P(layer, TASK), P(layer)
     return jax.jit(
         jax.shard_map(
-            partial(_solve, plan=plan, num_tasks=num_tasks, precision=precision),
+            partial(_solve, plan=plan, num_tasks=num_tasks, precision=precision, dtype=dtype),
             mesh=mesh,
             in_specs=(by_task, by_layer) if has_base else (by_task,),
             out_specs=Solved._make([by_layer, by_task, *[by_layer] * 5]),
@@ -231,6 +240,7 @@ def _solve(
     plan: LeafPlan | None,
     num_tasks: int,
     precision: str,
+    dtype: np.dtype,
 ) -> Solved:
     """The part of one device: [g, t, *shape] and [g, *shape]."""
 
@@ -241,6 +251,8 @@ def _solve(
         if base is None:
             total = over_tasks(jnp.sum(stack.astype(precision), axis=1))
             base = (total / num_tasks).astype(jnp.float32)
+        # As it is stored; XLA may drop a cast to fewer bits and back.
+        base = jax.lax.optimization_barrier(base.astype(dtype)).astype(jnp.float32)
         own = stack - base[:, None]
         if plan is None:
             energy = over_tasks(_squares(own.astype(precision)))
