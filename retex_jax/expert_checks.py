@@ -1,6 +1,7 @@
 """Whether experts belong to their pretrained model: what of their leaves does not fit."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -8,6 +9,20 @@ from jax.core import Tracer
 
 from retex_jax import tree
 from retex_jax.sources import Source
+
+
+def check_patterns(exclude: Sequence[str]) -> None:
+    """Raises ValueError unless `exclude` is a sequence of regular expressions; names those that are none."""
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise ValueError(f"exclude: got {exclude!r}, expected a sequence of patterns")
+    problems = []
+    for pattern in exclude:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            problems.append(f"exclude: got {pattern!r}, expected a regular expression ({error})")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def kept(source: Source, exclude: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -95,8 +95,9 @@ class ExpertSet:
           The expert set; no leaf is copied.
 
         Raises:
-          ValueError: if there is no expert, the names are not T unique names, or an expert has a
-            missing, extra or misshaped leaf, another dtype, NaN or Inf; all problems are listed.
+          ValueError: if there is no expert, the names are not T unique names, `exclude` is not a
+            sequence of regular expressions, or an expert has a missing, extra or misshaped leaf,
+            another dtype, NaN or Inf; all problems are listed.
         """
         sources = [TreeSource(expert) for expert in experts]
         return cls.from_sources(
@@ -135,11 +136,25 @@ class ExpertSet:
           The expert set.
 
         Raises:
-          ValueError: as `from_trees`, and for a missing, truncated or malformed file.
+          ValueError: as `from_trees`, and for missing, truncated or malformed files, all of which
+            are listed, and if `experts` is one path.
         """
-        sources = [SafetensorsSource(path) for path in experts]
+        _check_many("experts", experts)
+        base, sources, problems = None, [], []
+        if pretrained is not None:
+            try:
+                base = SafetensorsSource(pretrained)
+            except ValueError as error:
+                problems.append(str(error))
+        for path in experts:
+            try:
+                sources.append(SafetensorsSource(path))
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         return cls.from_sources(
-            None if pretrained is None else SafetensorsSource(pretrained),
+            base,
             sources,
             names=_own_names(sources) if names is None else names,
             layout=layout,
@@ -172,8 +187,10 @@ class ExpertSet:
           The expert set, in torch layout.
 
         Raises:
-          ValueError: as `from_trees`, and as `LoraSource` for all adapters at once.
+          ValueError: as `from_trees`, as `LoraSource` for all adapters at once, and if `adapters` is
+            one path.
         """
+        _check_many("adapters", adapters)
         if isinstance(pretrained, str | os.PathLike):
             pretrained = SafetensorsSource(pretrained)
         sources, problems = [], []
@@ -228,8 +245,7 @@ class ExpertSet:
             raise ValueError("experts: got T = 0, expected at least one expert")
         if isinstance(names, str) or len(names) != len(experts) or len(set(names)) != len(names):
             raise ValueError(f"names: got {names!r}, expected {len(experts)} unique names")
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude: got {exclude!r}, expected a sequence of patterns")
+        expert_checks.check_patterns(exclude)
         leaves = expert_checks.kept(experts[0] if pretrained is None else pretrained, exclude)
         if not any(tree.is_float(spec.dtype) for spec in leaves.values()):
             owner = names[0] if pretrained is None else "pretrained"
@@ -426,6 +442,11 @@ def task_vectors(experts: ExpertSet) -> Params:
       Nested dict of [T, *shape], float32.
     """
     return tree.unflatten({name: experts.task_vectors(name) for name in experts.float_leaves})
+
+
+def _check_many(name: str, paths: object) -> None:
+    if isinstance(paths, str | os.PathLike):
+        raise ValueError(f"{name}: got {paths!r}, expected a sequence of paths: [{paths!r}]")
 
 
 def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:

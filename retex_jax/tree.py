@@ -6,6 +6,7 @@ are which is declared here by first-match rules, one table a layout, never guess
 """
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -97,6 +98,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A suggestion to append to an error: the known name nearest to `name`, or nothing."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def as_integer(name: str, value: Any) -> int:
+    """A Python, NumPy or JAX integer as a Python integer; raises ValueError, with its name, for all else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, expected an integer") from None
 
 
 def param_bytes(params: Any) -> int:

@@ -128,6 +128,9 @@ def test_exclude_takes_patterns_not_one_string():
     pretrained, experts = references.flax_model(2)
     with pytest.raises(ValueError, match="exclude"):
         _from_flat(pretrained, experts, exclude="head")
+    told = r"exclude: got '\(head', expected a regular expression.*\n.*got 3, expected a regular"
+    with pytest.raises(ValueError, match=told):
+        _from_flat(pretrained, experts, exclude=["scale", "(head", 3])
 
 
 def _spoil(experts):
@@ -285,6 +288,28 @@ def test_truncated_file(tmp_path, kept):
     with pytest.raises(ValueError, match="not a whole safetensors file") as error:
         rtx.ExpertSet.from_safetensors(path, paths, layout="flax")
     assert str(paths[0]) in str(error.value)
+
+
+def test_one_path_is_no_sequence_of_experts(tmp_path):
+    path, paths = _files(tmp_path, *references.flax_model(1))
+    for one in (paths[0], str(paths[0])):
+        with pytest.raises(
+            ValueError, match=f"experts: got {re.escape(repr(one))}, expected a seq"
+        ):
+            rtx.ExpertSet.from_safetensors(path, one)
+    with pytest.raises(ValueError, match="adapters: got 'adapter', expected a sequence of paths"):
+        rtx.ExpertSet.from_lora(path, "adapter")
+
+
+def test_all_files_that_cannot_be_opened_are_named(tmp_path):
+    path, paths = _files(tmp_path, *references.flax_model(3))
+    path.unlink()
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:8])
+    with pytest.raises(ValueError, match="no such file") as error:
+        rtx.ExpertSet.from_safetensors(path, paths)
+    named = [str(file) in str(error.value) for file in (path, *paths)]
+    assert named == [True, True, True, False]
 
 
 def test_unreadable_files(tmp_path):

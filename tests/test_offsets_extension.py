@@ -190,6 +190,10 @@ def test_bad_input():
     for task in (-1, 3):
         with pytest.raises(ValueError, match=f"task: got {task}, expected 0 to 2"):
             offsets.remove_task(state, task)
+    for task in ("a", 1.0, None):
+        for take in (offsets.remove_task, offsets.recover):
+            with pytest.raises(ValueError, match=f"task: got {task!r}, expected an integer"):
+                take(state, task)
     alone = RETEX.fit(expert_set(PRETRAINED, EXPERTS[:1]), rank=2)
     with pytest.raises(ValueError, match="one task must stay"):
         offsets.remove_task(alone, 0)

@@ -277,6 +277,8 @@ def test_bad_task_and_weights():
     for task in (-1, 2):
         with pytest.raises(ValueError, match=f"task: got {task}, expected 0 to 1"):
             svd.recover(state, task)
+    with pytest.raises(ValueError, match="task: got 'a', expected an integer"):
+        svd.recover(state, "a")
     with pytest.raises(ValueError, match=r"weights: got shape \(3,\)"):
         svd.mix(state, jnp.ones(3))
 

@@ -169,7 +169,7 @@ def _placed(source, name, sharding):
     return array.block_until_ready()  # or the buffers of many leaves would wait in a queue
 
 
-def check(specs: Mapping, table: Table, expected: Mapping) -> None:
+def check(specs: Mapping, table: Table, expected: Mapping) -> dict[str, str]:
     """Checks that `to_flax` could convert tensors of these shapes, without having them.
 
     Args:
@@ -177,10 +177,14 @@ def check(specs: Mapping, table: Table, expected: Mapping) -> None:
       table: the rules.
       expected: as for `to_flax`.
 
+    Returns:
+      Flax leaf name -> the torch name that it is read from.
+
     Raises:
       ValueError: as `to_flax`.
     """
-    _match(specs, table, _flatten(expected))
+    places = _match(specs, table, _flatten(expected))
+    return {name: key for name, (key, _, _) in places.items()}
 
 
 def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:

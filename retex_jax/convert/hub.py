@@ -33,6 +33,7 @@ PATTERNS = (
 """The files of a repository that are downloaded."""
 
 _PICKLED = "pytorch_model.bin"
+_FILES = (".safetensors", ".bin", ".pt")  # ends of a file's name, not of a repository's
 
 
 class Header(NamedTuple):
@@ -187,10 +188,11 @@ def _remote_config(hub: ModuleType, repository: str, revision: str | None) -> by
 
 def _check_name(name: str, *, folders: bool = False) -> None:
     parts = name.split("/")
-    if (len(parts) > 2 and not folders) or not all(
-        re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts
-    ):
-        raise ValueError(f"repository: got {name!r}, expected a folder or OWNER/NAME")
+    named = all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts)
+    if not named or name.endswith(_FILES) or (len(parts) > 2 and not folders):
+        raise ValueError(
+            f"repository: got {name!r}, expected a folder or OWNER/NAME; there is no such file or folder"
+        )
 
 
 def _holds_weights(folder: Path) -> bool:

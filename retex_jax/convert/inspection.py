@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from retex_jax import lora, models, tree
+from retex_jax import expert_checks, lora, models, tree
 from retex_jax.convert import hub
 from retex_jax.convert.architectures import Architecture, identify
 from retex_jax.convert.engine import check
+from retex_jax.experts import ExpertSet
 from retex_jax.snapshot import Snapshot
 from retex_jax.sources import SafetensorsSource
 
@@ -33,6 +34,7 @@ class Inspection:
       architecture: what its config.json names, or None where there is none or it is not known.
       leaves: Flax leaf name -> shape and dtype (as stored) of what a merger sees: heads are left out,
         and of a classifier the backbone's names. Empty where the architecture is not known.
+      raw_leaves: the same by the names that `ExpertSet.from_safetensors` reads, of all tensors.
       tied: whether the output layer of a language model is its embedding; None where there is none.
       problems: what stops it from being read.
     """
@@ -41,6 +43,7 @@ class Inspection:
     specs: Mapping[str, Any]
     architecture: Architecture | None = None
     leaves: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    raw_leaves: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
     tied: bool | None = None
     problems: tuple[str, ...] = ()
 
@@ -61,6 +64,7 @@ def inspect(
     root: str | os.PathLike[str] = "",
     revision: str | None = None,
     offline: bool = False,
+    exclude: Sequence[str] = (),
 ) -> Inspection:
     """Looks at one checkpoint.
 
@@ -69,32 +73,41 @@ def inspect(
       root: where snapshot folders of repositories lie, or "".
       revision: of a repository.
       offline: whether the network may not be used.
+      exclude: regular expressions of leaves that are left out, as `ExpertSet.from_safetensors` takes them.
 
     Returns:
       What is known; what is wrong is among its problems.
+
+    Raises:
+      ValueError: if `exclude` is not a sequence of regular expressions.
     """
+    expert_checks.check_patterns(exclude)
     try:
         specs, config = _headers(source, root, revision, offline)
     except (ValueError, OSError) as error:
         return Inspection(str(source), {}, problems=(str(error),))
+    raw_leaves = {
+        _raw(key): jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+        for key, spec in specs.items()
+        if not tree.matches_any(exclude, _raw(key))
+    }
     if config is None:
-        return Inspection(str(source), specs, problems=("no config.json: what is it of?",))
+        return Inspection(str(source), specs, raw_leaves=raw_leaves)
     try:
         architecture = identify(config)
         model = architecture.from_hf(config)
         expected = tree.flatten(models.expected_params(model))
-        check(specs, architecture.table(model), _unresized(expected, specs, architecture))
+        keys = check(specs, architecture.table(model), _unresized(expected, specs, architecture))
     except (ValueError, TypeError) as error:
         return Inspection(str(source), specs, problems=(str(error),))
-    stored = jax.numpy.result_type(*(s.dtype for s in specs.values() if tree.is_float(s.dtype)))
     leaves = {
-        name.removeprefix("backbone/"): jax.ShapeDtypeStruct(spec.shape, stored)
+        name.removeprefix("backbone/"): jax.ShapeDtypeStruct(spec.shape, specs[keys[name]].dtype)
         for name, spec in expected.items()
-        if not name.startswith("head/")
+        if not name.startswith("head/") and _raw(keys[name]) in raw_leaves
     }
     lm_head = getattr(getattr(model, "config", None), "lm_head", None)
     tied = {"tied": True, "untied": False}.get(lm_head)
-    return Inspection(str(source), specs, architecture, leaves, tied)
+    return Inspection(str(source), specs, architecture, leaves, raw_leaves, tied)
 
 
 def inspect_adapter(
@@ -117,7 +130,7 @@ def disagreements(pretrained: Inspection, expert: Inspection) -> list[str]:
     """Says where an expert is not of the pretrained model.
 
     Leaves that only the pretrained model has, such as a text tower that was not fine-tuned, are no
-    disagreement.
+    disagreement. Where one of the two has no config.json, they are compared as by `raw_disagreements`.
 
     Args:
       pretrained: without problems.
@@ -126,6 +139,8 @@ def disagreements(pretrained: Inspection, expert: Inspection) -> list[str]:
     Returns:
       One line each.
     """
+    if pretrained.architecture is None or expert.architecture is None:
+        return raw_disagreements(pretrained, expert)
     base = dict(pretrained.leaves)
     if "logit_scale" in base and "logit_scale" not in expert.leaves:
         tower = "text/" if "token_embedding/embedding" in expert.leaves else "vision/"
@@ -144,11 +159,46 @@ def disagreements(pretrained: Inspection, expert: Inspection) -> list[str]:
             resized = name.endswith("embedding") and spec.shape[1:] == base[name].shape[1:]
             why = " (the vocabulary or the number of positions was resized)" if resized else ""
             problems.append(f"{name}: shape {spec.shape}, expected {base[name].shape}{why}")
-    if expert.leaves and pretrained.leaves:
-        ours, theirs = (next(iter(i.leaves.values())).dtype for i in (expert, pretrained))
-        if ours != theirs:
-            problems.append(f"stored in {np.dtype(ours).name}, expected {np.dtype(theirs).name}")
+    dtypes = {
+        name: (np.dtype(spec.dtype).name, np.dtype(base[name].dtype).name)
+        for name, spec in expert.leaves.items()
+        if name in base
+    }
+    if len(pairs := set(dtypes.values())) == 1 and len(dtypes) > 1:
+        problems += [
+            f"stored in {ours}, expected {theirs}" for ours, theirs in pairs if ours != theirs
+        ]
+    else:
+        problems += [
+            f"{name}: dtype {ours}, expected {theirs}"
+            for name, (ours, theirs) in dtypes.items()
+            if ours != theirs
+        ]
     return problems
+
+
+def raw_disagreements(pretrained: Inspection, expert: Inspection) -> list[str]:
+    """Says what stops `ExpertSet.from_safetensors`, which compares the names in the files.
+
+    Args:
+      pretrained: without problems.
+      expert: without problems.
+
+    Returns:
+      One line each.
+    """
+    try:
+        ExpertSet.from_sources(
+            _Header(pretrained.raw_leaves),
+            [_Header(expert.raw_leaves)],
+            names=["expert"],
+            layout="torch",
+            check_finite=False,
+        )
+    except ValueError as error:
+        lines = [line.strip().removeprefix("expert: ") for line in str(error).splitlines()]
+        return lines[1:] or lines
+    return []
 
 
 def merge_bytes(leaves: Mapping[str, jax.ShapeDtypeStruct], num_tasks: int) -> int:
@@ -178,12 +228,30 @@ def _headers(
     if not path.exists():
         try:
             path = hub.find(source, root, revision, offline=True)
-        except FileNotFoundError:
-            if offline:
-                raise
-            return hub.header(os.fspath(source), revision)
+        except FileNotFoundError as missing:
+            try:
+                if offline:
+                    raise missing
+                return hub.header(os.fspath(source), revision)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"no such file or folder; {error}") from error
     snapshot = Snapshot(path)
     return snapshot.specs, snapshot.config
+
+
+class _Header:
+    """A source of which only the names, shapes and dtypes are known."""
+
+    def __init__(self, leaves: Mapping[str, jax.ShapeDtypeStruct]):
+        self.leaves = leaves
+
+    def read(self, name: str) -> Any:
+        raise ValueError(f"{name}: only its header is known")
+
+
+def _raw(key: str) -> str:
+    """A tensor's name as `ExpertSet.from_safetensors` has it."""
+    return key.replace(".", "/")
 
 
 def _unresized(

@@ -114,11 +114,11 @@ def remove_task(state: OffsetState, task: int) -> OffsetState:
       is still that of all tasks of the fit.
 
     Raises:
-      ValueError: if the state has a generator of fewer than T embeddings, or `task` is out of range or the
-        only one.
+      ValueError: if the state has a generator of fewer than T embeddings, or `task` is no integer, out of
+        range or the only one.
     """
     _check_baked(state)
-    if not 0 <= task < state.num_tasks or state.num_tasks == 1:
+    if not 0 <= tree.as_integer("task", task) < state.num_tasks or state.num_tasks == 1:
         raise ValueError(
             f"task: got {task}, expected 0 to {state.num_tasks - 1}, and one task must stay"
         )

@@ -321,9 +321,9 @@ def recover(state: OffsetState, task: int | jax.Array) -> Params:
       Nested dict like `state.merged`.
 
     Raises:
-      ValueError: if `task` is a Python or NumPy integer out of range.
+      ValueError: if `task` is no integer or out of range.
     """
-    if not isinstance(task, Tracer) and not 0 <= task < state.num_tasks:
+    if not isinstance(task, Tracer) and not 0 <= tree.as_integer("task", task) < state.num_tasks:
         raise ValueError(f"task: got {task}, expected 0 to {state.num_tasks - 1}")
     return apply_embedding(state, state.task_embeddings[task])
 

@@ -80,8 +80,8 @@ def add_mixture(
 
 
 def check_task(task: int | jax.Array, num_tasks: int) -> None:
-    """Raises ValueError if `task` is out of range; a traced one is not checked."""
-    if not isinstance(task, Tracer) and not 0 <= task < num_tasks:
+    """Raises ValueError if `task` is no integer or out of range; a traced one is not checked."""
+    if not isinstance(task, Tracer) and not 0 <= tree.as_integer("task", task) < num_tasks:
         raise ValueError(f"task: got {task}, expected 0 to {num_tasks - 1}")
 
 
