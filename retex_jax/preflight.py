@@ -14,6 +14,7 @@ from retex_jax import (
     plots,
     pretrained,
     snapshot_checks,
+    tree,
 )
 from retex_jax.experiment import Settings
 
@@ -89,6 +90,17 @@ _REQUIRED = (
     "writers.wandb",
 )
 
+ENTRIES = (
+    *_REQUIRED,
+    "unseen.num_unseen",
+    "unseen.num_splits",
+    "unseen.splits",
+    "unseen.num_train",
+    "unseen.num_test",
+    "unseen.temperatures",
+)
+"""Every entry that an experiment may have; what lies below one is free."""
+
 
 def check(
     settings: Settings,
@@ -110,9 +122,11 @@ def check(
     Raises:
       ValueError: listing all problems.
     """
+    strange = unknown(settings)
     if absent := lacking(settings):
-        raise ValueError(f"the experiment lacks {', '.join(absent)}; see configs/common.py")
-    problems = [*further, *_data_problems(settings), *_range_problems(settings)]
+        lacks = f"the experiment lacks {', '.join(absent)}; see configs/common.py"
+        raise ValueError("\n".join([lacks, *strange]))
+    problems = [*further, *strange, *_data_problems(settings), *_range_problems(settings)]
     model = None
     try:
         model = experiment.build_model(settings, offline=offline)
@@ -146,6 +160,29 @@ def lacking(settings: Settings) -> list[str]:
         for path in _REQUIRED
         if not any(entry == path or entry.startswith(f"{path}.") for entry in entries)
     ]
+
+
+def unknown(settings: Settings, known: Sequence[str] = ENTRIES, within: str = "") -> list[str]:
+    """Says which entries no program reads, as they are misspelt or out of place.
+
+    Args:
+      settings: the experiment, or a part of it.
+      known: paths of entries.
+      within: path of the part, with a dot behind it.
+
+    Returns:
+      One line each.
+    """
+    below = [path.removeprefix(within) for path in known if path.startswith(within)]
+    names = {path.partition(".")[0] for path in below}
+    found = []
+    for name, value in settings.items():
+        if name not in names:
+            hint = tree.did_you_mean(name, names)
+            found.append(f"{within}{name}: no such entry{hint}; see configs/common.py")
+        elif name not in below and isinstance(value, Mapping):
+            found += unknown(value, known, f"{within}{name}.")
+    return found
 
 
 def check_tasks(settings: Settings, tasks: Sequence[data.Task]) -> None:
@@ -219,6 +256,8 @@ def missing(settings: Settings) -> list[str]:
 
 def _data_problems(settings: Settings) -> list[str]:
     problems = []
+    if not settings["name"]:
+        problems.append("name: got '', expected a name, which the workdir has too")
     names = settings["tasks"]
     if not names or len(set(names)) != len(names):
         problems.append(f"tasks: got {list(names)}, expected one or more different names")

@@ -1,7 +1,7 @@
 import pytest
 import tiny
 
-from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
+from configs import common, demo, dinov2_vision8, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, plots, preflight
 from retex_jax.data import vision
 
@@ -12,9 +12,9 @@ def world(tmp_path):
         yield tmp_path / "cache"
 
 
-def problems(*changes, **options):
+def problems(*changes, title="'tiny'", **options):
     """The lines that `check` reports below its first."""
-    with pytest.raises(ValueError, match="experiment 'tiny' cannot run as it is") as error:
+    with pytest.raises(ValueError, match=f"experiment {title} cannot run as it is") as error:
         preflight.check(tiny.settings_with(*changes), **options)
     return [line.strip() for line in str(error.value).splitlines()[1:]]
 
@@ -188,6 +188,35 @@ def test_entry_that_is_missing_is_named(world):
     del settings["offsets"]["rank_rule"]
     with pytest.raises(ValueError, match=r"offsets\.rank_rule"):
         preflight.check(settings)
+
+
+def test_entry_that_no_program_reads_is_named(world):
+    found = problems(
+        ("offsets.rnak", 16),
+        ("idetifier", {"rank": 3, "layer": 2}),
+        ("data_sets.zebra", None),
+        ("name", ""),
+        title="''",
+    )
+    assert found == [
+        "data_sets.zebra: no such entry; see configs/common.py",
+        "offsets.rnak: no such entry (did you mean 'rank'?); see configs/common.py",
+        "idetifier: no such entry (did you mean 'identifier'?); see configs/common.py",
+        "name: got '', expected a name, which the workdir has too",
+    ]
+    settings = tiny.settings_with(("offsets.rnak", 16))
+    del settings["offsets"]["rank"]
+    with pytest.raises(ValueError, match=r"(?s)lacks offsets\.rank;.*\.rnak: no such entry"):
+        preflight.check(settings)
+
+
+def test_known_entries_are_those_of_every_experiment():
+    settings = command_line.as_dict(common.get_config())
+    assert preflight.unknown(settings) == preflight.lacking(settings) == []
+    for path in preflight.ENTRIES:
+        node = settings
+        for part in path.split("."):
+            node = node[part]
 
 
 # What is missing
