@@ -1,9 +1,12 @@
+import jax
+import numpy as np
 import pytest
 import tiny
 
 from configs import common, demo, dinov2_vision8, minilm_text8, vit_b16_8
-from retex_jax import command_line, data, experiment, plots, preflight
+from retex_jax import command_line, data, experiment, models, offsets, plots, preflight
 from retex_jax.data import vision
+from retex_jax.experts import ExpertSet
 
 
 @pytest.fixture
@@ -49,6 +52,8 @@ def test_tiny_experiment_can_run(world):
         ("offsets.orientation", "up", "offsets.orientation: got 'up'"),
         ("offsets.sharing", "auto", "offsets: sharing: got 'auto' without a budget"),
         ("offsets.budget", -0.1, "offsets: budget: got -0.1"),
+        ("offsets.budget", 0.05, "offsets.budget: got 0.05, expected 0.0924 of the model or more"),
+        ("offsets.budget", 2.0, "offsets.budget: got 2.0, which is in bytes, expected 0.0924"),
         ("offsets.task_weights", "size", "offsets: task_weights: got 'size'"),
         ("offsets.exact.bits", 5, "offsets.exact: bits: got 5"),
         ("offsets.solver", "sgd", "offsets.solver: got 'sgd', expected 'exact' or 'adam'"),
@@ -171,6 +176,21 @@ def test_all_problems_are_reported_at_once(world, monkeypatch):
         "matplotlib",
     ):
         assert word in text
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_least_budget_is_what_a_fit_takes(world, bits):
+    bits_given = ("offsets.exact.vector_bits", bits)
+    (found,) = problems(("offsets.budget", 1e-6), bits_given)
+    assert found.endswith(f"vector_bits = {bits}")
+    least = float(found.split("expected ")[1].split()[0])
+    preflight.check(tiny.settings_with(("offsets.budget", least), bits_given))
+    model = experiment.build_model(tiny.settings_with(), offline=True)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), models.expected_params(model))
+    experts = ExpertSet.from_trees(params, [jax.tree.map(np.ones_like, params)] * len(tiny.NAMES))
+    offsets.fit(experts, budget=least, vector_bits=bits)
+    with pytest.raises(ValueError, match="below two axes take"):
+        offsets.fit(experts, budget=0.99 * least, vector_bits=bits)
 
 
 def test_finetuning_alone_does_not_ask_for_the_rest(world):
