@@ -40,9 +40,18 @@ def define_dry_run() -> flags.FlagHolder:
     return flags.DEFINE_bool("dry_run", False, "only check what is missing; downloads nothing")
 
 
-def end_dry_run(problems: Sequence[str], takes: Sequence[str]) -> NoReturn:
-    """Prints what keeps a program from running, and what it takes; exits with 1 if there is a problem."""
-    print("\n".join([*(problems or ["everything that this experiment needs is here"]), *takes]))
+def end_dry_run(
+    problems: Sequence[str], downloads: Sequence[str], takes: Sequence[str]
+) -> NoReturn:
+    """Prints what keeps a program from running, what it downloads, and what it takes; exits.
+
+    Args:
+      problems: exit code 1 if there are any, else 0.
+      downloads: what the program itself gets.
+      takes: further lines.
+    """
+    lacks = [*problems, *downloads] or ["everything that this experiment needs is here"]
+    print("\n".join([*lacks, *takes]))
     sys.exit(1 if problems else 0)
 
 

