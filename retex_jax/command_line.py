@@ -1,7 +1,8 @@
 """Experiment files and the command line that overrides them; used by the programs only."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -55,6 +56,18 @@ def end_dry_run(
     sys.exit(1 if problems else 0)
 
 
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turns what the user can mend into one clear line, and ends the program; see `run` for its exit codes."""
+    try:
+        yield
+    except Preempted as error:
+        print(f"SIGTERM: {error.message}; the same command goes on from there", file=sys.stderr)
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        _stop(str(error))
+
+
 def run(main: Callable[[], None], required: str) -> None:
     """Parses the command line, runs `main`, and turns what the user can mend into one clear line.
 
@@ -90,13 +103,8 @@ def run(main: Callable[[], None], required: str) -> None:
 
     def call(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        try:
+        with clear_errors():
             main()
-        except Preempted as error:
-            print(f"SIGTERM: {error.message}; the same command goes on from there", file=sys.stderr)
-            raise
-        except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-            _stop(str(error))
 
     app.run(call, flags_parser=parse)
 
