@@ -44,6 +44,7 @@ def transferred(script: str, rows: FoundRows, arguments: Sequence[str] | None = 
     programmed(script, rows, "unseen", evaluate_unseen, arguments)
 
 
+@command_line.clear_errors()
 def programmed(
     script: str,
     rows: FoundRows,
@@ -100,6 +101,7 @@ def _finished(config: ConfigDict, workdir: Path) -> Mapping[str, Any] | None:
     return known if is_whole and is_ours else None
 
 
+@command_line.clear_errors()
 def stated(
     script: str,
     rows: Callable[[ConfigDict], Numbers],

@@ -20,7 +20,7 @@ import paper_pictures as pictures
 from ml_collections import ConfigDict
 
 from configs import common
-from retex_jax import compare
+from retex_jax import command_line, compare
 from retex_jax.variants import Entry
 
 TIES = Entry("ties", {"density": 0.2, "merge": "mean", "scaling": 1.0})
@@ -103,6 +103,7 @@ def figure(
     _make(script, curves, x, arguments)
 
 
+@command_line.clear_errors()
 def growth(
     script: str,
     rows: Callable[[ConfigDict], Rows],
@@ -131,6 +132,7 @@ def growth(
     _write(script, found, "num_tasks", results[-1], args, started)
 
 
+@command_line.clear_errors()
 def pairs(
     script: str,
     rows: Callable[[ConfigDict], Rows],
@@ -170,6 +172,7 @@ def pairs(
     )
 
 
+@command_line.clear_errors()
 def _make(
     script: str,
     curves: Callable[[ConfigDict], Curves],

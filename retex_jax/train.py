@@ -5,7 +5,8 @@
 Load, preflight, merge, fit offsets, fit identifier, evaluate, write. Experts that the experiment lacks are fine-tuned
 first and cached. The workdir (workdirs/NAME by default) receives results.json, report.html, artifact.safetensors with
 manifest.json, and metrics.jsonl. The same command resumes an interrupted run. --dry_run only checks, downloads nothing,
-says what the run takes (see `retex_jax.estimate`), and exits with 1 if something is missing.
+says what the run takes (see `retex_jax.estimate`), and exits with 1 if something is wrong, or missing that the run does
+not download.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -274,21 +275,24 @@ def tell(workdir: Path, results: Mapping[str, Any]) -> None:
         logging.info(f"wrote {workdir / name}: {what}")
 
 
-def dry_run(settings: experiment.Settings) -> None:
-    """Checks an experiment without downloading or running anything, and says what it takes.
+def dry_run(settings: experiment.Settings, workdir: Path) -> NoReturn:
+    """Checks an experiment and its workdir without downloading or running anything, and says what it takes.
 
     Exits with 1 if it cannot run.
     """
     takes = [] if preflight.lacking(settings) else estimate.lines(settings)
-    command_line.end_dry_run(preflight.missing(settings), takes)
+    command_line.end_dry_run(
+        preflight.missing(settings, workdir), preflight.downloads(settings), takes
+    )
 
 
 def main() -> None:
     """Runs the experiment file, or checks it."""
     config = _CONFIG.value
+    workdir = Path(_WORKDIR.value or Path("workdirs") / config.name)
     if _DRY_RUN.value:
-        dry_run(command_line.as_dict(config))
-    train(config, _WORKDIR.value or Path("workdirs") / config.name)
+        dry_run(command_line.as_dict(config), workdir)
+    train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retex_jax import command_line, estimate
+from retex_jax import command_line, estimate, finetune_snapshot, preflight
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FINETUNING = sorted(path.stem for path in FOLDER.glob("finetune_*.py"))
@@ -26,6 +26,17 @@ def parts_of(name):
         for found in paragraphs
         if found.startswith(f"{part}: ") and len(found) > 40
     }
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("*.py")])
+def test_file_has_no_unknown_entry(name):
+    settings = command_line.as_dict(importlib.import_module(f"configs.{name}").get_config())
+    if name in FINETUNING:
+        assert "no such entry" not in "".join(finetune_snapshot.problems(settings))
+        settings["finetune"]["epoch"] = 1.0
+        assert finetune_snapshot.problems(settings)[0].startswith("finetune.epoch: no such entry")
+    else:
+        assert preflight.unknown(settings) == []
 
 
 def written(flops):

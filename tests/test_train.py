@@ -279,6 +279,15 @@ def test_workdir_of_another_experiment_is_refused_and_not_touched(run):
     assert contents(run.workdir) == before
 
 
+def test_dry_run_looks_at_the_workdir(run, capsys):
+    for steps, code in ((run.settings["finetune"]["steps"], 0), (9, 1)):
+        settings = tiny.settings_with(("finetune.steps", steps))
+        with tiny.world(run.cache), pytest.raises(SystemExit) as stopped:
+            train.dry_run(settings, run.workdir)
+        assert stopped.value.code == code
+    assert "finetune.steps: 24 there, 9 here" in capsys.readouterr().out
+
+
 def test_workdir_of_another_version_names_missing_entries(run, tmp_path):
     settings = json.loads(json.dumps(run.settings))
     settings["offsets"]["renamed"] = settings["offsets"].pop("rank")

@@ -56,7 +56,7 @@ def test_every_suite_names_all_that_it_misses(
     assert len(lines) == 2 * count + 2
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
-        train.dry_run(command_line.as_dict(config))
+        train.dry_run(command_line.as_dict(config), tmp_path / "workdir")
     assert stopped.value.code == 1
     printed = capsys.readouterr().out.splitlines()
     assert printed[:-4] == lines

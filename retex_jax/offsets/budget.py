@@ -11,14 +11,16 @@ distribution; J. Max, 1960, table I), a product the square of it.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retex_jax import tree
 from retex_jax.offsets import exact, separate
-from retex_jax.offsets.coding import SCALE_BYTES, check_bits
+from retex_jax.offsets.coding import SCALE_BYTES, check_bits, coded_bytes
 from retex_jax.offsets.state import LeafPlan
 
 Sharing = Literal["shared", "separate", "auto"]
@@ -81,6 +83,33 @@ def spectra(offsets: jax.Array, task_weights: np.ndarray, sharing: Sharing = "au
         len(weighted),
         none[0] if sharing == "separate" else np.asarray(_stack_spectrum(weighted)),
         none if sharing == "shared" else np.asarray(separate.spectra(narrow)),
+    )
+
+
+def fixed_bytes(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    plans: Mapping[str, LeafPlan],
+    num_tasks: int,
+    vector_bits: int,
+) -> int:
+    """What offsets of a budget take whatever the ranks, of all tasks; a budget must be more.
+
+    Args:
+      leaves: leaf name to shape and dtype.
+      plans: of every matrix leaf.
+      num_tasks: T.
+      vector_bits: of an entry of the offsets below two axes.
+    """
+    vectors = [
+        spec.shape
+        for name, spec in leaves.items()
+        if name not in plans and tree.is_float(spec.dtype)
+    ]
+    # Embeddings, offsets and shared scalars of vectors, the last byte of codes.
+    fixed = 4 * num_tasks**2 + 4 * len(vectors) + 2 * len(plans)
+    return fixed + sum(
+        coded_bytes(num_tasks * prod(shape), num_tasks, vector_bits if shape else 32)
+        for shape in vectors
     )
 
 

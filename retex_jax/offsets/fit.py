@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any, Literal
 
 import jax
@@ -27,7 +26,6 @@ from retex_jax.offsets import (
     options,
 )
 from retex_jax.offsets import budget as budgets
-from retex_jax.offsets.coding import coded_bytes
 from retex_jax.offsets.forms import Orientation
 from retex_jax.offsets.generator import LearnedForm
 from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
@@ -226,13 +224,7 @@ def _spend(
 ) -> dict[str, LeafPlan]:
     bits, vector_bits = solver_options.get("bits", 32), solver_options.get("vector_bits", 32)
     model_bytes, num_tasks = tree.param_bytes(merged), experts.num_tasks
-    vectors = [experts.leaves[name].shape for name in experts.float_leaves if name not in plans]
-    # What does not depend on ranks: embeddings, offsets and shared scalars of vectors, the last byte of codes.
-    fixed = 4 * num_tasks**2 + 4 * len(vectors) + 2 * len(plans)
-    fixed += sum(
-        coded_bytes(num_tasks * prod(shape), num_tasks, vector_bits if shape else 32)
-        for shape in vectors
-    )
+    fixed = budgets.fixed_bytes(experts.leaves, plans, num_tasks, vector_bits)
     total = num_tasks * (budget * model_bytes if budget < 1 else budget)
     if total <= fixed:
         raise ValueError(
