@@ -12,6 +12,7 @@ optimum is a lower bound. The residual is always computed from the stored factor
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -225,7 +226,7 @@ def fit(
     done = 0
     finished = frozenset() if file is None else frozenset(file.finished)
     everything = [*groups, *([name] for name in (*large, *separate))]
-    for group, following in zip(everything, [*everything[1:], []], strict=True):
+    for group, following in zip_longest(everything, everything[1:], fillvalue=[]):
         # Not those of many experts, which might not fit the page cache.
         experts.read_ahead(set(following) - set(large) - finished)
         is_finished = finished.issuperset(group)
