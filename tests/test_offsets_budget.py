@@ -7,7 +7,7 @@ from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
 from retex_jax import tree
-from retex_jax.offsets import budget, exact, separate
+from retex_jax.offsets import budget, differences, exact, separate
 from retex_jax.offsets.coding import BITS, Coded, code, dense
 from retex_jax.offsets.forms import Elementwise, Product, Separate
 from retex_jax.offsets.state import LeafPlan
@@ -272,6 +272,21 @@ def test_energy_weights_help_the_small_task():
     equal = relative_errors("equal")
     np.testing.assert_allclose(equal, relative_errors([2, 2, 2]), rtol=1e-3)
     np.testing.assert_allclose(equal, relative_errors(np.full(3, 0.1)), rtol=1e-3)
+
+
+def test_energy_weights_need_the_memory_of_one_task(monkeypatch):
+    rng = np.random.default_rng(0)
+    models = [{"w/kernel": rng.normal(size=(6, 5)).astype("f4")} for _ in range(4)]
+    held, vectors = [], differences.vectors
+
+    def counted(experts, *args):
+        held.append(experts.num_tasks)
+        return vectors(experts, *args)
+
+    monkeypatch.setattr(differences, "vectors", counted)
+    made = expert_set(models[0], models[1:])
+    RETEX.fit(made, rank=2, task_weights="energy", stack_bytes=1)
+    assert set(held) == {1}
 
 
 @pytest.mark.parametrize(

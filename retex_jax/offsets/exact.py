@@ -186,7 +186,7 @@ def fit(
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
       stack_bytes: the most float32 bytes of one leaf's offsets that are held: those of more are read twice, a few
         tasks at a time (see `retex_jax.offsets.streamed`). Not where tasks do not share a factor or the
-        leaf has a root.
+        leaf has a root; nor where `offsets.fit` chooses ranks by a budget, before.
       file: takes the offsets as they are solved, which are then mapped from it.
       progress: called with (leaves done, leaves).
 

@@ -197,8 +197,10 @@ def _weights(
 def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
     base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
     for name in experts.float_leaves:
-        squares = differences.vectors(experts, base, name) ** 2
-        energies += np.asarray(squares.reshape(experts.num_tasks, -1).sum(axis=1), np.float64)
+        for task in range(experts.num_tasks):
+            energies[task] += float(
+                (differences.vectors(experts.take([task]), base, name) ** 2).sum()
+            )
     # A task without an offset needs nothing, whatever its weight.
     return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
 
