@@ -272,6 +272,11 @@ class ExpertSet:
         return len(self._experts)
 
     @property
+    def has_pretrained(self) -> bool:
+        """Whether `pretrained` can be read."""
+        return self._pretrained is not None
+
+    @property
     def float_leaves(self) -> list[str]:
         """The leaves that are merged; the others (integer, bool) are copied."""
         return [name for name, spec in self.leaves.items() if tree.is_float(spec.dtype)]

@@ -7,7 +7,7 @@ from expert_sets import MODEL_IDS, MODELS, assert_close, expert_set
 
 import retex_jax as rtx
 from retex_jax import tree
-from retex_jax.offsets import budget, exact, separate
+from retex_jax.offsets import budget, differences, exact, separate
 from retex_jax.offsets.coding import BITS, Coded, code, dense
 from retex_jax.offsets.forms import Elementwise, Product, Separate
 from retex_jax.offsets.state import LeafPlan
@@ -274,11 +274,43 @@ def test_energy_weights_help_the_small_task():
     np.testing.assert_allclose(equal, relative_errors(np.full(3, 0.1)), rtol=1e-3)
 
 
-def test_unknown_bits_are_told_before_any_leaf_is_read(monkeypatch):
-    made = expert_set(*MODELS[0])
-    monkeypatch.setattr(type(made), "stacked", lambda *_: pytest.fail("a leaf was read"))
-    with pytest.raises(ValueError, match="bits: got 5"):
-        RETEX.fit(made, budget=0.5, bits=5)
+def test_energy_weights_need_the_memory_of_one_task(monkeypatch):
+    rng = np.random.default_rng(0)
+    models = [{"w/kernel": rng.normal(size=(6, 5)).astype("f4")} for _ in range(4)]
+    held, vectors = [], differences.vectors
+
+    def counted(experts, *args):
+        held.append(experts.num_tasks)
+        return vectors(experts, *args)
+
+    monkeypatch.setattr(differences, "vectors", counted)
+    made = expert_set(models[0], models[1:])
+    RETEX.fit(made, rank=2, task_weights="energy", stack_bytes=1)
+    assert set(held) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.5, "bits": 5}, "bits: got 5"),
+        ({"budget": 1e-9, "task_weights": "energy"}, "budget: got 1e-09"),
+        ({"rank": 2, "form": "affine"}, "pretrained: got None, which form = 'affine'"),
+        ({"rank": 2, "solver": "adam", "objective": "cosine"}, "objective = 'cosine' reads"),
+    ],
+)
+def test_wrong_options_are_told_before_any_leaf_is_read(options, message, monkeypatch):
+    experts = [references.nested(expert) for expert in MODELS[0][1]]
+    made = rtx.ExpertSet.from_trees(None, experts)
+    for read in ("stacked", "expert"):
+        monkeypatch.setattr(type(made), read, lambda *_: pytest.fail("a leaf was read"))
+    with pytest.raises(ValueError, match=message):
+        RETEX.fit(made, **options)
+
+
+def test_a_budget_of_a_model_without_matrices():
+    models = [{"a/bias": np.full(8, task, np.float32)} for task in range(3)]
+    state = RETEX.fit(expert_set(models[0], models[1:]), budget=100)
+    np.testing.assert_array_equal(references.flat(RETEX.recover(state, 1))["a/bias"], 2)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +325,7 @@ def test_unknown_bits_are_told_before_any_leaf_is_read(monkeypatch):
         ({"budget": 1e-9}, "budget: got 1e-09, .* but the leaves below two axes take"),
         ({"task_weights": "size"}, "task_weights: got 'size'"),
         ({"task_weights": [1.0]}, "task_weights: got .*expected 2 positive numbers"),
+        ({"task_weights": 1.0}, "task_weights: got 1.0, expected 2 positive numbers"),
         ({"task_weights": [1.0, 0.0]}, "task_weights: got .*expected 2 positive numbers"),
         ({"solver": "adam", "budget": 0.5}, "'adam' takes no budget"),
         ({"bits": 5, "rank": 2}, "bits: got 5"),

@@ -111,7 +111,9 @@ def test_monotone_and_a_fixed_point(seed):
 )
 def test_large_embeddings_are_the_closed_form(num_tasks, d_emb, bias):
     pretrained, experts = references.few_leaves(num_tasks)
-    state = _fit(pretrained, experts, d_emb=d_emb, bias=bias)
+    calls = []
+    state = _fit(pretrained, experts, d_emb=d_emb, bias=bias, progress=lambda *x: calls.append(x))
+    assert calls and calls[-1][0] == calls[-1][1]
     want = RETEX.fit(expert_set(pretrained, experts), rank=4)
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -3,10 +3,8 @@
 The error that a further rank of a leaf removes is its squared singular value, so gains fall with the rank,
 and for one price of a byte the best ranks are those whose gain is worth their bytes (the Lagrangian of the
 problem; every such choice is optimal for the bytes that it spends). The price is found by bisection. At one
-price a leaf may have the tasks share a factor or not, whichever leaves more.
-
-In few bits a factor keeps the part `KEPT` of what it holds (1 - the distortion of the quantiser of a normal
-distribution; J. Max, 1960, table I), a product the square of it.
+price a leaf may have the tasks share a factor or not, whichever leaves more. What coding loses is not counted: it
+takes the same part of every gain.
 """
 
 from collections.abc import Mapping
@@ -25,8 +23,6 @@ from retex_jax.offsets.state import LeafPlan
 
 Sharing = Literal["shared", "separate", "auto"]
 """Whether the tasks share a factor: always, never, or where it is worth its bytes."""
-
-KEPT = {1: 0.6366, 2: 0.8825, 3: 0.96546, 4: 0.990503, 8: 0.9999, 16: 1.0, 32: 1.0}
 
 _BISECTIONS = 60
 
@@ -160,10 +156,13 @@ def allocate(
         }
 
     top = max(
-        float(spectrum.max())
-        for leaf in measured.values()
-        for spectrum in (leaf.shared, leaf.separate)
-        if spectrum.size
+        (
+            float(spectrum.max())
+            for leaf in measured.values()
+            for spectrum in (leaf.shared, leaf.separate)
+            if spectrum.size
+        ),
+        default=0.0,
     )
     low, high = top * 1e-18, top
     for _ in range(_BISECTIONS):
@@ -185,14 +184,14 @@ def allocate(
 def _shared(shape: tuple[int, int], leaf: Spectra, bits: int, price: float) -> _Choice:
     task_side, shared_side = shape
     cost = leaf.num_tasks * _vector_bytes(task_side, bits) + _vector_bytes(shared_side, bits)
-    gains = KEPT[bits] ** 2 * leaf.shared[: min(shape)]
+    gains = leaf.shared[: min(shape)]
     rank = int(np.sum(gains > price * cost))
     return _Choice(float(gains[:rank].sum()), rank * cost, rank)
 
 
 def _separate(shape: tuple[int, int], leaf: Spectra, bits: int, price: float) -> _Choice:
     cost = _vector_bytes(shape[0], bits) + _vector_bytes(shape[1], bits)
-    gains = KEPT[bits] ** 2 * leaf.separate
+    gains = leaf.separate
     worth = gains > price * cost
     return _Choice(
         float(gains[worth].sum()), float(worth.sum() * cost), tuple(map(int, worth.sum(axis=1)))

@@ -12,6 +12,7 @@ optimum is a lower bound. The residual is always computed from the stored factor
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -185,7 +186,7 @@ def fit(
       group_bytes: the most float32 bytes of offsets in one group; one leaf's stack at least.
       stack_bytes: the most float32 bytes of one leaf's offsets that are held: those of more are read twice, a few
         tasks at a time (see `retex_jax.offsets.streamed`). Not where tasks do not share a factor or the
-        leaf has a root.
+        leaf has a root; nor where `offsets.fit` chooses ranks by a budget, before.
       file: takes the offsets as they are solved, which are then mapped from it.
       progress: called with (leaves done, leaves).
 
@@ -225,7 +226,7 @@ def fit(
     done = 0
     finished = frozenset() if file is None else frozenset(file.finished)
     everything = [*groups, *([name] for name in (*large, *separate))]
-    for group, following in zip(everything, [*everything[1:], []], strict=True):
+    for group, following in zip_longest(everything, everything[1:], fillvalue=[]):
         # Not those of many experts, which might not fit the page cache.
         experts.read_ahead(set(following) - set(large) - finished)
         is_finished = finished.issuperset(group)

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def save(path: str | os.PathLike[str], state: OffsetState) -> None:
-    """Writes a state that is in memory, atomically; `load` opens it.
+    """Writes a state that is in memory, atomically; `load` opens it, without the report's histories and gammas.
 
     Args:
       path: of the file; its folder must exist.
@@ -74,7 +74,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> OffsetState:
       verify: whether to read it once now, to compare the hash of every tensor.
 
     Returns:
-      The state, its arrays mapped from the file.
+      The state, its arrays mapped from the file; its report has no histories and no gammas.
 
     Raises:
       FileNotFoundError: if there is none.

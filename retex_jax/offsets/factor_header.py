@@ -20,7 +20,7 @@ SEAL = "seal"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def describe(values: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
+def describe(values: Array | jax.ShapeDtypeStruct) -> dict[str, Any]:
     """Dtype and shape, as a header has them."""
     return {"dtype": _DTYPE_NAMES[values.dtype], "shape": list(values.shape)}
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration, require
+from retex_jax.calibration import Calibration, require, require_linear_inputs
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import (
     activations,
@@ -68,7 +68,7 @@ def fit(
       key: typed PRNG key; needed by solver "adam" only, `jax.random.key(0)` when not given.
       rank: target rank r of the matrix leaves, 64 when not given; the paper uses 256. Not with `budget`.
       rank_rule: for leaves of min(a, b) <= rank: "paper" halves min(a, b), "clip" takes all of it,
-        which recovers leaves of b <= a exactly.
+        which recovers leaves of b <= a exactly. Without effect with `budget`.
       orientation: where the shared factor stands: "right" (ReTeX), "left" (ReTeX-Alt), or "auto": on the
         longer side of each leaf.
       form: of matrix leaves: "product" (ReTeX), "factorized" (ReTeX-E), "shape_shared" (ReTeX-S; of all leaves),
@@ -127,7 +127,10 @@ def fit(
     )
     rank = options.default_rank(rank, budget)
     base_options = base_options or {}
-    weighing = None if shrinkage == 1 else require(calibration, activations.NAME, experts.num_tasks)
+    weighing = None
+    if shrinkage < 1:
+        weighing = require(calibration, activations.NAME, experts.num_tasks)
+        require_linear_inputs(weighing, activations.NAME)
     identity = None
     if file is not None and resume is not None:
         tasks = task_weights if isinstance(task_weights, str) else [*map(float, task_weights)]
@@ -140,6 +143,9 @@ def fit(
             return known
     key = jax.random.key(0) if key is None else key
     plans = plan_leaves(experts.leaves, experts.layout, rank, rank_rule, orientation)
+    if budget is not None:
+        model_bytes = tree.param_bytes(dict(experts.leaves) if isinstance(base, str) else base)
+        _bytes_for_ranks(experts, plans, model_bytes, budget, solver_options)
     function = options.solver_function(form, solver, d_emb)
     if function is not exact.fit:
         accepted = inspect.signature(function).parameters
@@ -189,8 +195,10 @@ def _weights(
 def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
     base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
     for name in experts.float_leaves:
-        squares = differences.vectors(experts, base, name) ** 2
-        energies += np.asarray(squares.reshape(experts.num_tasks, -1).sum(axis=1), np.float64)
+        for task in range(experts.num_tasks):
+            energies[task] += float(
+                (differences.vectors(experts.take([task]), base, name) ** 2).sum()
+            )
     # A task without an offset needs nothing, whatever its weight.
     return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
 
@@ -222,8 +230,30 @@ def _spend(
     sharing: budgets.Sharing,
     solver_options: Mapping[str, Any],
 ) -> dict[str, LeafPlan]:
-    bits, vector_bits = solver_options.get("bits", 32), solver_options.get("vector_bits", 32)
-    model_bytes, num_tasks = tree.param_bytes(merged), experts.num_tasks
+    total = _bytes_for_ranks(experts, plans, tree.param_bytes(merged), budget, solver_options)
+    base = tree.flatten(merged)
+    measured = {}
+    for name, plan in plans.items():
+        offsets = differences.matrices(experts, base, name, plan)
+        offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
+        measured[name] = budgets.spectra(offsets, weights, sharing)
+    bits = solver_options.get("bits", 32)
+    return budgets.allocate(plans, measured, total, bits=bits, sharing=sharing)
+
+
+def _bytes_for_ranks(
+    experts: ExpertSet,
+    plans: Mapping[str, LeafPlan],
+    model_bytes: int,
+    budget: float,
+    solver_options: Mapping[str, Any],
+) -> float:
+    """What a budget leaves for the factors of all tasks.
+
+    Raises:
+      ValueError: if that is nothing.
+    """
+    vector_bits, num_tasks = solver_options.get("vector_bits", 32), experts.num_tasks
     fixed = budgets.fixed_bytes(experts.leaves, plans, num_tasks, vector_bits)
     total = num_tasks * (budget * model_bytes if budget < 1 else budget)
     if total <= fixed:
@@ -231,10 +261,4 @@ def _spend(
             f"budget: got {budget!r}, {total:.0f} bytes in all, but the leaves below two axes take "
             f"{fixed} at vector_bits = {vector_bits}"
         )
-    base = tree.flatten(merged)
-    measured = {}
-    for name, plan in plans.items():
-        offsets = differences.matrices(experts, base, name, plan)
-        offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
-        measured[name] = budgets.spectra(offsets, weights, sharing)
-    return budgets.allocate(plans, measured, total - fixed, bits=bits, sharing=sharing)
+    return total - fixed

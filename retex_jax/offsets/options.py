@@ -100,6 +100,11 @@ def check(
         *_file_problems(file, resume, form, d_emb, solver),
         *bases.problems(experts, base),
     ]
+    objective = solver_options.get("objective", "l2") if solver == "adam" else "l2"
+    if not experts.has_pretrained and (form == "affine" or objective != "l2"):
+        problems.append(
+            f"pretrained: got None, which form = {form!r} with objective = {objective!r} reads"
+        )
     if form in _EXACT and solver in ("exact", "adam"):
         problems += _settings_problems(solver_function(form, solver, d_emb), d_emb, solver_options)
     if problems:
@@ -128,7 +133,7 @@ def _task_weight_problems(task_weights: Any, num_tasks: int) -> list[str]:
         is_known = task_weights in ("equal", "energy")
         expected = f"'equal', 'energy' or {num_tasks} numbers"
     else:
-        is_known = len(task_weights) == num_tasks
+        is_known = np.shape(task_weights) == (num_tasks,)
         is_known = is_known and all(0 < weight < float("inf") for weight in task_weights)
         expected = f"{num_tasks} positive numbers"
     return [] if is_known else [f"task_weights: got {task_weights!r}, expected {expected}"]

@@ -252,7 +252,7 @@ def _solve(
             total = over_tasks(jnp.sum(stack.astype(precision), axis=1))
             base = (total / num_tasks).astype(jnp.float32)
         # As it is stored; XLA may drop a cast to fewer bits and back.
-        base = jax.lax.optimization_barrier(base.astype(dtype)).astype(jnp.float32)
+        base = jnp.asarray(jax.lax.optimization_barrier(base.astype(dtype)), jnp.float32)
         own = stack - base[:, None]
         if plan is None:
             energy = over_tasks(_squares(own.astype(precision)))

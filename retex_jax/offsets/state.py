@@ -30,7 +30,9 @@ _ROUNDING = 3e-11
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FitReport:
-    """The certificate of a fit; all values are sums of squares over tasks, in float64.
+    """The certificate of a fit; all values are sums of squares over tasks.
+
+    They are sums in float64, but in float32 for leaves below two axes, most coded ones, and by "adam".
 
     They are in the metric that was minimised: with weights of tasks or, in an activation-aware fit, of a leaf's
     inputs, D_t stands for w_t D_t C^(1/2) (see `retex_jax.offsets.activations`).

@@ -92,8 +92,8 @@ def fit(
         is zero, as with weight averaging, it holds nothing, and costs as much as one more of d_emb.
       sweeps: the most sweeps.
       tolerance: a sweep that takes less than this fraction of the residual away is the last.
-      max_gram: see `exact.solve_group`.
-      progress: called with (sweeps done, sweeps).
+      max_gram: see `exact.solve_group`; not of the closed form.
+      progress: called with (sweeps done, sweeps), by the closed form with (leaves done, leaves).
 
     Returns:
       The state, as a generator: K = d_emb, or d_emb + 1 with a bias, whose entry of an embedding is the
@@ -108,7 +108,7 @@ def fit(
     if d_emb < 1:
         raise ValueError(f"d_emb: got {d_emb!r}, expected 1 or more")
     if is_free(experts.num_tasks, d_emb, bias):
-        return exact.fit(experts, merged, plans)
+        return exact.fit(experts, merged, plans, progress=progress)
     base = tree.flatten(merged)
     with jax.enable_x64(True):
         columns, history = _alternate(
