@@ -206,6 +206,8 @@ def test_adapter_arguments(tmp_path):
     for task in (-1, 2):
         with pytest.raises(ValueError, match=f"task: got {task}, expected 0 to 1"):
             lora.adapter_from_offset(state, task)
+    with pytest.raises(ValueError, match="task: got 'a', expected an integer"):
+        lora.adapter_from_offset(state, "a")
     for option in ("embeddings", "transposed"):
         with pytest.raises(ValueError, match=f"{option}: got 'x'"):
             lora.adapter_from_offset(state, 0, **{option: "x"})

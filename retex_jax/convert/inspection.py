@@ -34,9 +34,11 @@ class Inspection:
       architecture: what its config.json names, or None where there is none or it is not known.
       leaves: Flax leaf name -> shape and dtype (as stored) of what a merger sees: heads are left out,
         and of a classifier the backbone's names. Empty where the architecture is not known.
-      raw_leaves: the same by the names that `ExpertSet.from_safetensors` reads, of all tensors.
+      raw_leaves: the same of all tensors, by the names that `ExpertSet.from_safetensors` reads.
       tied: whether the output layer of a language model is its embedding; None where there is none.
       problems: what stops it from being read.
+
+    What `inspect` is told to exclude is in neither `leaves` nor `raw_leaves`.
     """
 
     where: str

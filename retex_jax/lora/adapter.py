@@ -80,11 +80,11 @@ def adapter_from_offset(
       The adapter; `left_out` is empty unless `partial`.
 
     Raises:
-      ValueError: if `task` is out of range, a torch name is used twice or `torch_names` is missing or
+      ValueError: if `task` is no integer or out of range, a torch name is used twice or `torch_names` is missing or
         names leaves that are not there; if an adapter can't hold an offset (all such leaves are
         listed) and `partial` is False; or if all offsets are zero or left out.
     """
-    if not 0 <= task < state.num_tasks:
+    if not 0 <= tree.as_integer("task", task) < state.num_tasks:
         raise ValueError(f"task: got {task}, expected 0 to {state.num_tasks - 1}")
     for option, patterns in (("embeddings", embeddings), ("transposed", transposed)):
         if isinstance(patterns, str):
