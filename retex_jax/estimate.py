@@ -66,6 +66,9 @@ def estimate(settings: Settings) -> Estimate:
     Raises:
       ValueError: if there is no snapshot to tell the model by, or settings are out of range.
     """
+    spec = settings["finetune"]
+    counts = spec["steps"], spec["batch_size"], settings["evaluate"]["batch_size"]
+    _check_counts(*counts, settings["identifier"]["num_calibration"])
     model = build_model(settings)
     leaves = dict(_leaves(model))
     num_tasks, length = len(settings["tasks"]), settings["model"]["max_length"]
@@ -82,7 +85,6 @@ def estimate(settings: Settings) -> Estimate:
     inputs = (known + 2) * sum(size or 0 for size in sizes.values())
     inputs += num_tasks * settings["identifier"]["num_calibration"]
     if missing := _experts_to_make(settings):
-        spec = settings["finetune"]
         inputs += _TRAINED * missing * spec["steps"] * spec["batch_size"]
         kept = block * model.config.num_layers * spec["batch_size"]
         device_bytes = max(device_bytes, 4 * model_bytes + kept)
@@ -122,11 +124,12 @@ def lines(settings: Settings) -> list[str]:
 
 def training_lines(settings: Settings) -> list[str]:
     """What the fine-tuning of settings["task"] takes, in words; one line each, of which there may be none."""
+    spec, length = settings["finetune"], settings["model"]["max_length"]
     try:
+        _check_counts(spec["steps"] or 1, spec["batch_size"])
         model = build_model(settings)
     except (ValueError, OSError):
         return ["what it takes can be estimated when the model is known and the settings are right"]
-    spec, length = settings["finetune"], settings["model"]["max_length"]
     leaves, part = _leaves(model), max(1, spec["batch_size"] // max(spec["accumulate"], 1))
     model_bytes = tree.param_bytes(leaves)
     kept = 3 + spec["keep_best"]  # parameters, two moments, and the best parameters
@@ -158,6 +161,11 @@ def num_steps(settings: Settings) -> int | None:
     if not spec["steps"] and examples is None:
         return None
     return finetune_steps.length(examples or 0, spec["batch_size"], spec["steps"], spec["epochs"])
+
+
+def _check_counts(*counts: int) -> None:
+    if min(counts) < 1:
+        raise ValueError(f"steps, batch sizes and inputs: got {counts}, expected 1 or more of each")
 
 
 def build_model(settings: Settings) -> Any:

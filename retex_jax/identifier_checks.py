@@ -13,24 +13,21 @@ def problems(settings: Settings, model: Any) -> list[str]:
 
     Args:
       settings: the experiment.
-      model: Linen module.
+      model: Linen module; None where it is not known, nor then what depends on its layers and width.
 
     Returns:
       One line each.
     """
-    spec, config = settings["identifier"], model.config
-    found = [
-        f"identifier.{name}: got {layer}, expected 1 to {config.num_layers}, "
-        "or 0 for the pooled output"
-        for name, layers in (("layer", (spec["layer"],)), ("layers", spec["layers"]))
-        for layer in layers
-        if not 0 <= layer <= config.num_layers
-    ]
+    spec = settings["identifier"]
+    found = [] if model is None else _layer_problems(spec, model.config.num_layers)
+    if spec["num_calibration"] < 2:
+        found.append(
+            f"identifier.num_calibration: got {spec['num_calibration']}, expected 2 or more"
+        )
     if spec["kind"] not in IDENTIFIERS:
         hint = tree.did_you_mean(spec["kind"], IDENTIFIERS)
         known = sorted(IDENTIFIERS)
         return [*found, f"identifier.kind: got {spec['kind']!r}, expected one of {known}{hint}"]
-    found += _forward_problems("identifier.max_forward", spec["max_forward"], config.num_layers)
     if spec["search"]:
         options = dict(spec["options"])
     else:
@@ -39,14 +36,33 @@ def problems(settings: Settings, model: Any) -> list[str]:
             found.append("identifier.options.joint: got True, but identifier.layers has none")
     wrong = IDENTIFIERS[spec["kind"]].problems(options)
     found += [f"identifier.options.{line}" for line in wrong]
-    layers = () if spec["search"] else spec["layers"] or (spec["layer"],)
-    widths = {config.width if layer else config.feature_dim for layer in layers}
+    if spec["num_calibration"] < 2:
+        return found
+    widths = {float("inf")} if model is None else _widths(spec, model.config)
     if len(widths) > 1:
         found.append(
             f"identifier.layers: got {spec['layers']}, whose features are of the widths {sorted(widths)}, expected "
             "0, the pooled output, alone"
         )
-    return found + _size_problems(options, spec["num_calibration"], min(widths or {config.width}))
+    return found + _size_problems(options, spec["num_calibration"], min(widths))
+
+
+def _widths(spec: Mapping[str, Any], config: Any) -> set[int]:
+    """Of the features of the layers that are set; of a block's where layers are searched."""
+    if spec["search"]:
+        return {config.width}
+    layers = spec["layers"] or (spec["layer"],)
+    return {config.width if layer else config.feature_dim for layer in layers}
+
+
+def _layer_problems(spec: Mapping[str, Any], num_layers: int) -> list[str]:
+    found = [
+        f"identifier.{name}: got {layer}, expected 1 to {num_layers}, or 0 for the pooled output"
+        for name, layers in (("layer", (spec["layer"],)), ("layers", spec["layers"]))
+        for layer in layers
+        if not 0 <= layer <= num_layers
+    ]
+    return found + _forward_problems("identifier.max_forward", spec["max_forward"], num_layers)
 
 
 def comparison_problems(settings: Settings, model: Any) -> list[str]:
@@ -79,7 +95,7 @@ def _forward_problems(where: str, value: Any, num_layers: int) -> list[str]:
     return [f"{where}: got {value}, expected 1 / {num_layers} or more, the cost of one block"]
 
 
-def _size_problems(options: Mapping[str, Any], num_calibration: int, width: int) -> list[str]:
+def _size_problems(options: Mapping[str, Any], num_calibration: int, width: float) -> list[str]:
     """What an identifier's options ask of more inputs or of wider features than there are."""
     found = []
     rank, num_inputs = options.get("rank", 1), options.get("num_inputs") or 0

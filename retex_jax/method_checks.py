@@ -35,7 +35,7 @@ def problems(settings: Settings, model: Any) -> list[str]:
 
     Args:
       settings: the experiment.
-      model: Linen module.
+      model: Linen module; None where it is not known, nor then what depends on its shapes.
 
     Returns:
       One line each.
@@ -47,8 +47,12 @@ def problems(settings: Settings, model: Any) -> list[str]:
     found += _merger_problems(
         "offsets.base", spec["base"], "offsets.base_options", spec["base_options"]
     )
-    leaves = tree.flatten(models.expected_params(model))
-    for rank in (spec["rank"], *spec["extra_ranks"]):
+    leaves: Mapping[str, Any] = _toy_experts().leaves
+    ranks = (1,)
+    if model is not None:
+        leaves = tree.flatten(models.expected_params(model))
+        ranks = (spec["rank"], *spec["extra_ranks"])
+    for rank in ranks:
         try:
             plan_leaves(leaves, "flax", rank, spec["rank_rule"], spec["orientation"])
         except ValueError as error:
@@ -65,7 +69,8 @@ def problems(settings: Settings, model: Any) -> list[str]:
     size: dict[str, Any] = {"budget": budget} if budget else {"rank": 1}
     size |= {name: spec[name] for name in ("sharing", "task_weights")}
     found += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
-    found += _budget_problems(spec, leaves, len(settings["tasks"]))
+    if model is not None:
+        found += _budget_problems(spec, leaves, len(settings["tasks"]))
     found += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
         "offsets.adam", lambda: adam.check_settings(**spec["adam"])
     )
@@ -178,7 +183,7 @@ def _failure(where: str, attempt: Callable[[], Any]) -> list[str]:
     try:
         attempt()
     except (TypeError, ValueError) as error:
-        return [f"{where}: {error}"]
+        return [f"{where}: {line}" for line in str(error).splitlines()]
     return []
 
 

@@ -122,6 +122,11 @@ def check(
     Raises:
       ValueError: listing all problems.
     """
+    if "task" in settings:
+        raise ValueError(
+            f"experiment {settings.get('name')!r} has `task`, one expert to be fine-tuned by retex_jax.finetune; "
+            "what is merged has `tasks`"
+        )
     strange = unknown(settings)
     if absent := lacking(settings):
         lacks = f"the experiment lacks {', '.join(absent)}; see configs/common.py"
@@ -135,11 +140,11 @@ def check(
     if model is not None:
         problems += _model_problems(settings, model)
         problems += snapshot_checks.problems(settings, model)
-        if evaluates:
-            problems += method_checks.problems(settings, model)
-            problems += identifier_checks.problems(settings, model)
-        if identifies:
-            problems += identifier_checks.comparison_problems(settings, model)
+    if evaluates:
+        problems += method_checks.problems(settings, model)
+        problems += identifier_checks.problems(settings, model)
+    if identifies and model is not None:
+        problems += identifier_checks.comparison_problems(settings, model)
     if evaluates:
         try:
             plots.check_available()

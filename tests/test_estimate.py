@@ -112,6 +112,9 @@ def test_training_of_one_expert(tmp_path, monkeypatch):
     # Three passes of 128 tokens through 85.0 million weights of blocks, two operations each, and attention.
     flops = 3 * 4_810 * 16 * (2 * 128 * 84.9e6 + 4 * 12 * 128**2 * 768)
     assert f"for 4,810 steps, {flops:.1e} operations of the model, texts at full length" in took
+    config.finetune.steps = -1
+    [line] = estimate.training_lines(command_line.as_dict(config))
+    assert "can be estimated when" in line
     config.finetune.steps = 7
     assert estimate.num_steps(command_line.as_dict(config)) == 7
     config.finetune.update(steps=0, epochs=1.0)
@@ -142,6 +145,14 @@ def test_lines(monkeypatch):
     assert "on one device (cpu)" in memory
     assert " minutes for " in took and "at 1.0e+06 a second as measured here" in took
     assert "full length" not in took
+
+
+@pytest.mark.parametrize(
+    "path", ["finetune.steps", "evaluate.batch_size", "identifier.num_calibration"]
+)
+def test_wrong_settings_are_not_estimated(path):
+    [line] = estimate.lines(tiny.settings_with((path, -1)))
+    assert "can be estimated when" in line
 
 
 def test_matrix_products_are_timed():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import common, demo, dinov2_vision8, minilm_text8, vit_b16_8
+from configs import common, demo, dinov2_vision8, finetune_clip, minilm_text8, vit_b16_8
 from retex_jax import command_line, data, experiment, models, offsets, plots, preflight
 from retex_jax.data import vision
 from retex_jax.experts import ExpertSet
@@ -235,6 +235,36 @@ def test_all_problems_are_reported_at_once(world, monkeypatch):
         "matplotlib",
     ):
         assert word in text
+
+
+def test_problems_do_not_hide_each_other(world):
+    found = problems(
+        ("model.name", "vitt"),
+        ("offsets.rank_rule", "x"),
+        ("offsets.exact", {"precision": "half", "bits": 7, "vector_bits": 9}),
+        ("offsets.budget", 0.01),
+        ("identifier.kind", "foo"),
+        ("identifier.num_calibration", 0),
+    )
+    said = [line.partition(", expected")[0] for line in found]
+    assert said == [
+        "model.name: got 'vitt'",
+        "offsets.rank_rule: got 'x'",
+        "offsets.exact: precision: got 'half'",
+        "offsets.exact: bits: got 7",
+        "offsets.exact: vector_bits: got 9",
+        "identifier.num_calibration: got 0",
+        "identifier.kind: got 'foo'",
+    ]
+    assert problems(("identifier.num_calibration", 1)) == [
+        "identifier.num_calibration: got 1, expected 2 or more"
+    ]
+
+
+def test_file_of_one_expert_is_told_from_one_of_many():
+    settings = command_line.as_dict(finetune_clip.get_config())
+    with pytest.raises(ValueError, match=r"'finetune_clip' has `task`, .* by retex_jax.finetune;"):
+        preflight.check(settings)
 
 
 @pytest.mark.parametrize("bits", [4, 32])
