@@ -62,7 +62,7 @@ IN_SHORT = (
     *("Twin-Merging (routed)", "SMEAR, frozen experts (routed)"),
 )
 
-FRONTS = ("minilm_text8_pareto",)
+FRONTS = ("minilm_text8_pareto", "dinov2_vision8_pareto")
 SIZES = (0.0015, 0.0025, 0.005, 0.01, 0.02, 0.04)
 
 # What is said of a method in several sizes, and its entries.
