@@ -175,11 +175,11 @@ def test_a_pass_over_the_data_for_each_group():
         counted = [Counted(batches) for batches in calibration.batches]
         calibration = dataclasses.replace(calibration, batches=counted)
         passes.clear()
-        # Two looks at whether there is a batch, and one at its shapes.
+        # Two looks at whether batches can be read again, two at whether there is one, and one at its shapes.
         regmean.fit(
             expert_set(pretrained, experts), calibration=calibration, group_bytes=group_bytes
         )
-        assert len(passes) == 2 + 1 + 2 * groups
+        assert len(passes) == 2 + 2 + 1 + 2 * groups
 
 
 def test_experts_are_never_stacked_whole(monkeypatch):

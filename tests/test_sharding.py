@@ -131,7 +131,7 @@ class Kept:
     def latest(self):
         return None
 
-    def save(self, step, tree):
+    def save(self, step, tree, metadata):
         self.state = jax.tree.map(jnp.copy, tree)
 
 
