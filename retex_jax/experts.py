@@ -11,9 +11,9 @@ processor's cache.
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ __all__ = [
     "read_safetensors",
     "task_vectors",
 ]
+
+_Source = TypeVar("_Source")
 
 PART_SIZES = (1 << 12, 1 << 15, 1 << 18)
 """Elements of a part but for a leaf's last: few sizes, as mergers compile for each of them.
@@ -140,21 +142,13 @@ class ExpertSet:
             are listed, and if `experts` is one path.
         """
         _check_many("experts", experts)
-        base, sources, problems = None, [], []
-        if pretrained is not None:
-            try:
-                base = SafetensorsSource(pretrained)
-            except ValueError as error:
-                problems.append(str(error))
-        for path in experts:
-            try:
-                sources.append(SafetensorsSource(path))
-            except ValueError as error:
-                problems.append(str(error))
+        problems: list[str] = []
+        base = _opened(SafetensorsSource, [] if pretrained is None else [pretrained], problems)
+        sources = _opened(SafetensorsSource, experts, problems)
         if problems:
             raise ValueError("\n".join(problems))
         return cls.from_sources(
-            base,
+            base[0] if base else None,
             sources,
             names=_own_names(sources) if names is None else names,
             layout=layout,
@@ -193,13 +187,12 @@ class ExpertSet:
         _check_many("adapters", adapters)
         if isinstance(pretrained, str | os.PathLike):
             pretrained = SafetensorsSource(pretrained)
-        sources, problems = [], []
-        for adapter in adapters:
-            try:
-                is_source = isinstance(adapter, LoraSource)
-                sources.append(adapter if is_source else LoraSource(adapter, pretrained))
-            except ValueError as error:
-                problems.append(str(error))
+
+        def opened(adapter: Any) -> LoraSource:
+            return adapter if isinstance(adapter, LoraSource) else LoraSource(adapter, pretrained)
+
+        problems: list[str] = []
+        sources = _opened(opened, adapters, problems)
         if problems:
             raise ValueError("\n".join(problems))
         return cls.from_sources(
@@ -452,6 +445,19 @@ def task_vectors(experts: ExpertSet) -> Params:
 def _check_many(name: str, paths: object) -> None:
     if isinstance(paths, str | os.PathLike):
         raise ValueError(f"{name}: got {paths!r}, expected a sequence of paths: [{paths!r}]")
+
+
+def _opened(
+    open_one: Callable[[Any], _Source], places: Iterable[Any], problems: list[str]
+) -> list[_Source]:
+    """The sources that can be opened; what is wrong with the others is added to `problems`."""
+    sources = []
+    for place in places:
+        try:
+            sources.append(open_one(place))
+        except ValueError as error:
+            problems.append(str(error))
+    return sources
 
 
 def _own_names(sources: Sequence[SafetensorsSource | LoraSource]) -> list[str] | None:

@@ -267,6 +267,19 @@ def test_an_unseen_copy_of_a_seen_task_gets_its_expert(tried):
     assert np.abs(soft.features("copy", "test") - want).max() > 1e-3
 
 
+def test_weights_of_a_task_are_not_of_what_the_identifier_was_fitted_to(tried):
+    case = case_of(tried)
+    by_name = {rule.name: rule for rule in rules.plan(case.settings)}
+    scores, _ = case.scores, (case.unit, case.temperature)
+    asked = set()
+    case.__dict__["scores"] = lambda task, split: asked.add((task, split)) or scores(task, split)
+    want = {*((task, "val") for task in case.seen), *((task, "train") for task in case.unseen)}
+    for kind in ("hard", "soft"):
+        by_name[f"retex {kind} weights, each task"].make(case)
+        assert asked == want
+        asked.clear()
+
+
 def test_mixtures_of_each_input(plain):
     case, _ = plain
     state, world = case.offsets[0], case.world

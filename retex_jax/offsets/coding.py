@@ -182,10 +182,15 @@ def coded_bytes(size: int, num_scales: int, bits: int) -> int:
     return 4 * size if bits == 32 else -(-size * bits // 8) + SCALE_BYTES * num_scales
 
 
+def bits_problems(name: str, bits: int) -> list[str]:
+    """What is wrong with a number of bits: nothing if it is one of `BITS`."""
+    return [] if bits in BITS else [f"{name}: got {bits!r}, expected one of {list(BITS)}"]
+
+
 def check_bits(name: str, bits: int) -> None:
     """Raises ValueError unless `bits` is one of `BITS`."""
-    if bits not in BITS:
-        raise ValueError(f"{name}: got {bits!r}, expected one of {list(BITS)}")
+    if problems := bits_problems(name, bits):
+        raise ValueError(*problems)
 
 
 def _divisor(scales: Array) -> Array:

@@ -24,7 +24,7 @@ from retex_jax import tree
 from retex_jax.buffers import give_back_freed
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import activations, certified, differences, streamed
-from retex_jax.offsets.coding import BITS, Stored, code, code_factors, dense
+from retex_jax.offsets.coding import Stored, bits_problems, code, code_factors, dense
 from retex_jax.offsets.factor_writer import FactorFile
 from retex_jax.offsets.forms import Form, Orientation, Product
 from retex_jax.offsets.separate import solve as solve_separate
@@ -150,11 +150,7 @@ def check_settings(*, precision: str = "auto", bits: int = 32, vector_bits: int 
     problems = []
     if precision not in get_args(Precision):
         problems.append(f"precision: got {precision!r}, expected one of {get_args(Precision)}")
-    problems += [
-        f"{name}: got {given!r}, expected one of {list(BITS)}"
-        for name, given in (("bits", bits), ("vector_bits", vector_bits))
-        if given not in BITS
-    ]
+    problems += bits_problems("bits", bits) + bits_problems("vector_bits", vector_bits)
     if problems:
         raise ValueError("\n".join(problems))
 
