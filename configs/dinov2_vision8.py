@@ -44,4 +44,5 @@ def get_config() -> ConfigDict:
     config.method_options.consensus = {"mask_lambda": 0.4}  # only its scaling is searched
     config.search.num_inputs = 64
     config.evaluate.routed_inputs = 16
+    config.unseen.num_test = 128
     return config
