@@ -459,7 +459,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
 
         return dataclasses.replace(METHODS[name], fit=count)
 
-    path = tmp_path / "results.json"
+    path, told_other = tmp_path / "results.json", "are relative to experts of accuracies {'"
     with tiny.world(run.cache):
         for name in ("weight_average", "dare"):
             monkeypatch.setitem(METHODS, name, counted(name))
@@ -474,7 +474,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         capsys.readouterr()
         after = compare.compare(config, tmp_path)
         assert fits == []
-        assert "kept 4 rows" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "kept 4 rows" in told and told_other not in told
         assert after["rows"][:4] == before["rows"] and after["rows"][4]["method"] == "svd"
         with monkeypatch.context() as patch:
             # Nothing is left to fit: neither data nor experts are read.
@@ -488,8 +489,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path_factory, tmp_path, monkeypatch,
         for row in old["rows"]:
             if row["method"] == "weight_average":
                 del row["worst_normalized_accuracy"]  # of before there was such a measure
+        task = next(iter(old["individual"]))
+        old["individual"][task] /= 2  # as of experts of another machine
         path.write_text(json.dumps({name: old[name] for name in old if name != compare._HASH}))
         again = compare.compare(config, tmp_path)
+        assert f"{told_other}{task}':" in capsys.readouterr().err
         assert fits == ["weight_average"]
         assert all("worst_normalized_accuracy" in row for row in again["rows"])
         fits.clear()
