@@ -88,6 +88,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.3g}%"
 
 
+def told_source(path: str, commits: Iterable[str]) -> str:
+    """A file, and the commits that its rows were made with."""
+    return f"`{path}` (commits {', '.join(f'`{commit}`' for commit in dict.fromkeys(commits))})"
+
+
 def demo() -> str:
     """Accuracy of each task of the demo."""
     results = read(results_path("demo"))
@@ -180,9 +185,7 @@ def _comparison(*groups: dict[str, Entry], shown: Sequence[str] | None = None) -
                 cells += ["", ""]
         rows.append(cells)
     files = " and ".join(
-        f"`{results_path(f'{suite}_compare')}` (commits "
-        + ", ".join(f"`{commit}`" for commit in dict.fromkeys(c for s, c in commits if s == suite))
-        + ")"
+        told_source(results_path(f"{suite}_compare"), (c for s, c in commits if s == suite))
         for suite in SUITES
     )
     return f"{table(header, rows)}\n\nFrom {files}."
@@ -225,14 +228,12 @@ def _front(name: str) -> str:
             least = min(family, key=lambda found: found["amr"])
             above.append(f"{label} {_best(family)} at {percent(least['amr'])}")
     seeds = ", ".join(map(str, results["expert_seeds"]))
-    commits = ", ".join(
-        f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in results["rows"])
-    )
+    source = told_source(results_path(name), (row["commit"] for row in results["rows"]))
     told = (
         f"Experts of seeds {seeds}: normalized accuracy, half a 95% interval of the mean, and the worst task; the best "
         f"of what stores no more. Larger in any case: {'; '.join(above)}. Weight Averaging, which stores nothing: "
         f"{_best([found for found in results['rows'] if found['entry'] == 'weight_average'])}. From "
-        f"`{results_path(name)}` (commits {commits})."
+        f"{source}."
     )
     header = [f"`{name}`", *(percent(size) for size in SIZES)]
     return f"{table(header, rows)}\n\n{told}"
@@ -264,10 +265,7 @@ def _findings(suite: str) -> str:
             rows.append([change.what, points, *stored, " ".join(map(str, bought["seeds"]))])
             used.setdefault(path, []).extend(bought["commits"])
     header = [f"`{suite}`", "points", "bytes a task", "with the change", "seeds"]
-    told = "; ".join(
-        f"`{path}` (commits {', '.join(f'`{commit}`' for commit in dict.fromkeys(commits))})"
-        for path, commits in used.items()
-    )
+    told = "; ".join(told_source(path, commits) for path, commits in used.items())
     return f"{table(header, rows)}\n\nFrom {told}."
 
 
@@ -290,9 +288,10 @@ def unseen() -> str:
     ]
     header = ["`minilm_text8`", "unseen tasks", "above pretrained", "seen tasks, normalized"]
     held = "; ".join(", ".join(split["unseen"]) for split in found["splits"])
+    made = (row["commit"] for split in found["splits"] for row in split["rows"].values())
     return (
         f"{table(header, rows)}\n\nAccuracies, and half a 95% interval of the mean over {len(found['splits'])} splits "
-        f"({held} left out). From `{path}`, commit `{found['commit']}`, seed {found['seed']}."
+        f"({held} left out). From {told_source(path, made)}, seed {found['seed']}."
     )
 
 
