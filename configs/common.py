@@ -213,7 +213,7 @@ def get_config() -> ConfigDict:
                 # Instead of `rank`, by the exact solver: a fraction of the model a task, or bytes; 0: `rank`.
                 "budget": 0.0,
                 "sharing": "shared",  # with a budget; or "separate", "auto"
-                "task_weights": "equal",  # by the exact solver; or "energy"
+                "task_weights": "equal",  # by the exact solver; or "energy", "divergence"
                 "solver": "exact",  # or "adam"
                 "base": "weight_average",
                 "base_options": {},

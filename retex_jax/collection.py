@@ -18,6 +18,7 @@ from retex_jax import (
 )
 from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet, read_safetensors
+from retex_jax.methods import METHODS
 from retex_jax.typing import Batch, Params
 
 
@@ -127,6 +128,19 @@ def make_suite(
         settings["evaluate"]["batch_size"],
         settings["seed"],
     )
+
+
+def offset_calibration(
+    settings: experiment.Settings,
+    backbone: pretrained.Backbone,
+    tasks: Sequence[data.Task],
+    collected: Collection,
+) -> Calibration | None:
+    """The inputs that the experiment's offsets are fitted with; None where they need none."""
+    size = experiment.offset_size(settings["offsets"])
+    if METHODS["retex"].needs_with(size) == "none":
+        return None
+    return calibrate(settings, backbone, tasks, collected)["train"]
 
 
 def calibrate(

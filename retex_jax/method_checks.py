@@ -68,7 +68,7 @@ def problems(settings: Settings, model: Any) -> list[str]:
     budget = 1e6 if 0 < spec["budget"] < float("inf") else spec["budget"]
     size: dict[str, Any] = {"budget": budget} if budget else {"rank": 1}
     size |= {name: spec[name] for name in ("sharing", "task_weights")}
-    found += _failure("offsets", lambda: offsets.fit(_toy_experts(), **size))
+    found += _failure("offsets", lambda: _fit_without_data(offsets.fit, _toy_experts(), size))
     if model is not None:
         found += _budget_problems(spec, leaves, len(settings["tasks"]))
     found += _unknown_options("offsets.adam", spec["adam"], adam.fit) or _failure(
@@ -111,14 +111,21 @@ def _takers(method: str) -> list[Callable[..., Any]]:
 
 
 def _try_method(experts: ExpertSet, entry: variants.Entry) -> None:
-    """Fits an entry with room enough; what needs data is fitted as far as that is asked for."""
+    """Fits an entry with room enough."""
     room = {
         name: 1e6
         for name in ("amr", "bytes_per_task")
         if 0 < (entry.options.get(name) or 0) < float("inf")
     }
+    _fit_without_data(METHODS[entry.method].fit, experts, {**entry.options, **room})
+
+
+def _fit_without_data(
+    fit: Callable[..., Any], experts: ExpertSet, options: Mapping[str, Any]
+) -> None:
+    """What needs data is fitted as far as to where that is asked for."""
     try:
-        METHODS[entry.method].fit(experts, **{**entry.options, **room})
+        fit(experts, **options)
     except ValueError as error:
         if not str(error).startswith("calibration: got None"):
             raise

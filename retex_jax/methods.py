@@ -12,6 +12,7 @@ from typing import Any
 
 from retex_jax import offsets
 from retex_jax.mergers import MERGERS, adamerging, fisher, regmean
+from retex_jax.offsets.options import needing_data
 from retex_jax.personalized import (
     dawin,
     dts,
@@ -54,6 +55,11 @@ def _always(options: Mapping[str, Any]) -> bool:
 def _by_base(options: Mapping[str, Any]) -> bool:
     """Of methods that take differences from the model of a merger: DARE is the random one."""
     return options.get("base") == "dare"
+
+
+def _offset_needs(options: Mapping[str, Any]) -> str:
+    size = (options.get("task_weights"), options.get("shrinkage", 1))
+    return "calibration inputs" if needing_data(*size) else "none"
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,6 @@ METHODS: dict[str, Method] = {
         mix=offsets.mix,
         leaves=offsets.by_kind,
         random=lambda options: options.get("solver") == "adam" or _by_base(options),
-        option_needs=lambda options: (
-            "none" if options.get("shrinkage", 1) == 1 else "calibration inputs"
-        ),
+        option_needs=_offset_needs,
     ),
 }

@@ -37,6 +37,7 @@ from retex_jax import (
     release,
     report,
 )
+from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet
 from retex_jax.methods import METHODS
 from retex_jax.preemption import Guard
@@ -90,7 +91,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         size = f"budget={spec['budget']}" if spec["budget"] else f"r={spec['rank']}"
         variant = f"{spec['solver']} {size}"
         with clock(phase := f"fit retex {variant}"):
-            state = fit_offsets(settings, experts, key, writer, workdir)
+            inputs = collection.offset_calibration(settings, backbone, tasks, collected)
+            state = fit_offsets(settings, experts, key, writer, workdir, inputs)
         with clock("fit identifier"):
             identifier, choice = identification.obtain(settings, backbone.model, state, tasks, key)
         seconds = clock.seconds[phase]
@@ -161,6 +163,7 @@ def fit_offsets(
     key: jax.Array,
     writer: logging.MetricWriter,
     workdir: Path,
+    calibration: Calibration | None = None,
 ) -> offsets.OffsetState:
     """Fits the offsets with progress; an unfinished fit is kept in the workdir and resumed."""
     spec = settings["offsets"]
@@ -190,7 +193,7 @@ def fit_offsets(
         else:
             unfinished.mkdir(parents=True, exist_ok=True)
             options.update(
-                progress=lambda done, _: bar.update(done),
+                progress=lambda done, total: bar.update(done * steps // total),
                 file=unfinished / "offsets.safetensors",
                 resume=experiment.checkpoint_set(settings),
             )
@@ -201,6 +204,7 @@ def fit_offsets(
             **experiment.offset_size(spec),
             base=spec["base"],
             base_options=spec["base_options"],
+            calibration=calibration,
             **options,
         )
         return jax.block_until_ready(state)

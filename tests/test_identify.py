@@ -274,6 +274,26 @@ def test_tasks_are_held_out_as_set(identified):
     assert found[1]["auroc"] > 0.9
 
 
+@pytest.mark.parametrize(("task_weights", "needed"), [("energy", False), ("divergence", True)])
+def test_offsets_are_given_the_inputs_that_they_need(
+    task_weights, needed, run, tmp_path, monkeypatch
+):
+    config = tiny.get_config()
+    config.offsets.task_weights = task_weights
+    given = []
+
+    def stop(*_, calibration, **options):
+        given.append(calibration)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: None)  # it tries what fits
+    monkeypatch.setattr(offsets, "fit", stop)
+    with tiny.world(run.cache), pytest.raises(KeyboardInterrupt):
+        identify.identify(config, tmp_path)
+    assert [inputs is not None for inputs in given] == [needed]
+    assert not needed or len(given[0].batches) == len(NAMES)
+
+
 def test_routed_experts_beside_the_oracle(run, identified):
     results, _ = identified
     (best,) = (row for row in results["identifiers"] if row["recommended"])

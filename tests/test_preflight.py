@@ -138,6 +138,7 @@ def test_options_of_methods_are_tried(world, method, options, said):
 def test_sizes_that_suit_the_model_pass(world):
     further = [
         ["retex", {"budget": 0.01, "bits": 3, "sharing": "auto", "task_weights": "energy"}],
+        ["retex", {"budget": 0.01, "task_weights": "divergence"}],
         ["retex", {"form": "factorized", "rank": 8, "task_rank": 2}],
         ["retex", {"rank": 3}, {"shrinkage": [1.0, 0.1]}],
         ["retex", {"rank": 3, "solver": "adam", "steps": 20, "warmup_steps": 2}],
@@ -147,7 +148,9 @@ def test_sizes_that_suit_the_model_pass(world):
         ["tall_mask", {"mask_lambda": [0.1, 0.2, 0.3]}],
         ["wemoe", {"steps": 5}],
     ]
-    preflight.check(tiny.settings_with(("extra_variants", further)))
+    preflight.check(
+        tiny.settings_with(("extra_variants", further), ("offsets.task_weights", "divergence"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -451,11 +451,12 @@ def test_one_task(run, tmp_path):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-def test_a_budget_instead_of_a_rank(run, tmp_path):
+@pytest.mark.parametrize("task_weights", ["energy", "divergence"])
+def test_a_budget_instead_of_a_rank(task_weights, run, tmp_path):
     config = tiny.get_config()
     config.baselines = {"weight_average": {}}
     config.offsets.extra_ranks = ()
-    config.offsets.update(budget=0.3, sharing="auto", orientation="auto", task_weights="energy")
+    config.offsets.update(budget=0.3, sharing="auto", orientation="auto", task_weights=task_weights)
     config.offsets.exact.update(bits=4, vector_bits=8)
     with tiny.world(run.cache):
         results = train.train(config, tmp_path)

@@ -41,6 +41,7 @@ MORE = {
             "offsets.exact",
             "offsets.budget",
             "offsets.coding",
+            "offsets.weighting",
             "offsets.activations",
         ),
         *("offsets.tucker", "offsets.factorized", "offsets.shape_shared", "offsets.affine"),

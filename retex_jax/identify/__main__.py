@@ -36,6 +36,7 @@ from retex_jax import (
     search,
     task_features,
 )
+from retex_jax.calibration import Calibration
 from retex_jax.collection import Collection
 from retex_jax.identification import Candidate
 from retex_jax.identifier import IDENTIFIERS, held_out, selection
@@ -70,7 +71,8 @@ def identify(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
         with clock("experts"):
             collected = collection.collect(settings, backbone, tasks)
         with clock("fit offsets"):
-            state = fit_offsets(settings, collected, key)
+            inputs = collection.offset_calibration(settings, backbone, tasks, collected)
+            state = fit_offsets(settings, collected, key, inputs)
         with clock("features"):
             features = extract(settings, backbone, tasks, collected, state)
         with clock("choose"):
@@ -114,7 +116,10 @@ def identify(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
 
 
 def fit_offsets(
-    settings: experiment.Settings, collected: Collection, key: jax.Array
+    settings: experiment.Settings,
+    collected: Collection,
+    key: jax.Array,
+    calibration: Calibration | None,
 ) -> offsets.OffsetState:
     """Merges the experts and fits the experiment's offsets exactly."""
     spec = settings["offsets"]
@@ -125,6 +130,7 @@ def fit_offsets(
         **experiment.offset_size(spec),
         base=spec["base"],
         base_options=spec["base_options"],
+        calibration=calibration,
         **spec["exact"],
     )
     return jax.block_until_ready(state)

@@ -24,15 +24,17 @@ from retex_jax.offsets import (
     factor_file,
     factor_writer,
     options,
+    weighting,
 )
 from retex_jax.offsets import budget as budgets
 from retex_jax.offsets.forms import Orientation
 from retex_jax.offsets.generator import LearnedForm
-from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves
-from retex_jax.typing import Array, Params
+from retex_jax.offsets.state import LeafPlan, OffsetState, RankRule, plan_leaves, recover
+from retex_jax.typing import Array, Params, ProgressFn
 
-# What a fit with a budget notes in its file, because it costs a pass over the experts.
+# What a fit notes in its file, because it costs passes over the experts.
 _RANKS = "ranks"
+_WEIGHTS = "weights"
 
 
 def fit(
@@ -47,7 +49,7 @@ def fit(
     d_emb: int | None = None,
     budget: float | None = None,
     sharing: budgets.Sharing = "shared",
-    task_weights: Literal["equal", "energy"] | Sequence[float] = "equal",
+    task_weights: weighting.Rule | Sequence[float] = "equal",
     calibration: Calibration | None = None,
     shrinkage: float = 1.0,
     solver: Literal["exact", "adam"] = "exact",
@@ -59,9 +61,9 @@ def fit(
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
 
-    Needs no data, but for a `shrinkage` below 1. Leaves below two axes are recovered exactly (by "adam": as far as
-    it gets; in few bits, with form "shape_shared" or a small `d_emb`: as well as these can). Size is given by
-    `rank`, as in the paper, or by `budget`.
+    Needs no data, but for task_weights "divergence" or a `shrinkage` below 1. Leaves below two axes are recovered
+    exactly (by "adam": as far as it gets; in few bits, with form "shape_shared" or a small `d_emb`: as well as
+    these can). Size is given by `rank`, as in the paper, or by `budget`.
 
     Args:
       experts: the experts.
@@ -83,8 +85,10 @@ def fit(
       sharing: with a budget, whether tasks share a factor: "shared" (ReTeX), "separate", or "auto",
         whichever leaves less error.
       task_weights: of the tasks' errors: "equal"; "energy": each task's error relative to its own offset, so
-        that tasks of small offsets do not starve; or T positive numbers. By "exact" only.
-      calibration: unlabelled training inputs of every task, and `linear_inputs`; not used at shrinkage 1.
+        that tasks of small offsets do not starve; "divergence": by what the tasks' predictions lose, so that none
+        starves, for three fits more (see `retex_jax.offsets.weighting`); or T positive numbers. By "exact" only.
+      calibration: unlabelled training inputs of every task, with `logits` for "divergence" and `linear_inputs`
+        for a `shrinkage` below 1; not used without them.
       shrinkage: above 0, at most 1. Below 1 the errors of a linear layer are weighed by what it reads, the less
         the nearer to 1 (see `retex_jax.offsets.activations`), when ranks are chosen, in the solution and in the
         report; 1 is plain L2. By "exact" with form "product" only.
@@ -127,10 +131,11 @@ def fit(
     )
     rank = options.default_rank(rank, budget)
     base_options = base_options or {}
-    weighing = None
-    if shrinkage < 1:
-        weighing = require(calibration, activations.NAME, experts.num_tasks)
-        require_linear_inputs(weighing, activations.NAME)
+    inputs = None
+    if needing := options.needing_data(task_weights, shrinkage):
+        inputs = require(calibration, " and ".join(needing), experts.num_tasks)
+    if inputs and shrinkage < 1:
+        require_linear_inputs(inputs, activations.NAME)
     identity = None
     if file is not None and resume is not None:
         tasks = task_weights if isinstance(task_weights, str) else [*map(float, task_weights)]
@@ -160,14 +165,22 @@ def fit(
         opened = factor_writer.writing(file, room, identity)
     with opened as factors:
         merged = bases.merge(experts, key, base, base_options, factors)
-        weights = _weights(experts, merged, task_weights)
-        roots = activations.roots(weighing, merged, plans, shrinkage) if weighing else {}
-        if budget is not None:
-            sizes = (weights, roots, budget, sharing, solver_options)
-            spend = partial(_spend, experts, merged, plans, *sizes)
-            plans = spend() if factors is None else _noted(factors, plans, spend)
-        given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
-        state = exact.fit(experts, merged, plans, **given)
+        roots = {}
+        if inputs and shrinkage < 1:
+            roots = activations.roots(inputs, merged, plans, shrinkage)
+        sizes = (roots, budget, sharing)
+        weights = weighting.without_data(experts, merged, task_weights)
+        if inputs and weighting.needs_data(task_weights):
+            num_fits = weighting.ROUNDS + 1
+
+            def attempt(weights: np.ndarray, number: int) -> weighting.Recover:
+                shown = _part_of_progress(solver_options, number, num_fits)
+                return partial(recover, _solve(experts, merged, plans, weights, *sizes, shown))
+
+            find = partial(weighting.by_divergence, experts, inputs, weights, attempt)
+            weights = find() if factors is None else _noted_weights(factors, find)
+            solver_options = _part_of_progress(solver_options, num_fits - 1, num_fits)
+        state = _solve(experts, merged, plans, weights, *sizes, solver_options, factors)
         if factors is not None:
             factors.finish(state, identity)
     return state
@@ -180,30 +193,48 @@ def _identity(experts: ExpertSet, *facts: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _weights(
-    experts: ExpertSet, merged: Params, given: Literal["equal", "energy"] | Sequence[float]
-) -> np.ndarray:
-    """[T], float64, of mean square 1."""
-    if isinstance(given, str):
-        ones = np.ones(experts.num_tasks)
-        weights = ones if given == "equal" else _inverse_norms(experts, merged)
-    else:
-        weights = np.asarray(given, np.float64)
-    return weights / np.sqrt(np.mean(weights**2))
+def _solve(
+    experts: ExpertSet,
+    merged: Params,
+    plans: dict[str, LeafPlan],
+    weights: np.ndarray,
+    roots: Mapping[str, Array],
+    budget: float | None,
+    sharing: budgets.Sharing,
+    solver_options: Mapping[str, Any],
+    factors: factor_writer.FactorFile | None = None,
+) -> OffsetState:
+    """Chooses the ranks, with a budget, and solves all leaves in closed form."""
+    if budget is not None:
+        sizes = (weights, roots, budget, sharing, solver_options)
+        spend = partial(_spend, experts, merged, plans, *sizes)
+        plans = spend() if factors is None else _noted_ranks(factors, plans, spend)
+    given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
+    return exact.fit(experts, merged, plans, **given)
 
 
-def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
-    base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
-    for name in experts.float_leaves:
-        for task in range(experts.num_tasks):
-            energies[task] += float(
-                (differences.vectors(experts.take([task]), base, name) ** 2).sum()
-            )
-    # A task without an offset needs nothing, whatever its weight.
-    return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
+def _part_of_progress(
+    solver_options: Mapping[str, Any], number: int, num_fits: int
+) -> dict[str, Any]:
+    """The options of one of several fits, whose progress is told as a part of that of all."""
+    progress: ProgressFn | None = solver_options.get("progress")
+    if progress is None:
+        return {**solver_options}
+
+    def show(done: int, total: int) -> None:
+        progress(number * total + done, num_fits * total)
+
+    return {**solver_options, "progress": show}
 
 
-def _noted(
+def _noted_weights(factors: factor_writer.FactorFile, find: Callable[[], np.ndarray]) -> np.ndarray:
+    """The task weights that the file's earlier fit has noted; or new ones, which it then notes."""
+    if _WEIGHTS not in factors.notes:
+        factors.note(_WEIGHTS, find().tolist())
+    return np.asarray(factors.notes[_WEIGHTS])
+
+
+def _noted_ranks(
     factors: factor_writer.FactorFile,
     plans: Mapping[str, LeafPlan],
     spend: Callable[[], dict[str, LeafPlan]],

@@ -3,13 +3,14 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args
 
 import numpy as np
 
 from retex_jax import tree
 from retex_jax.experts import ExpertSet
 from retex_jax.offsets import (
+    activations,
     adam,
     affine,
     alternating,
@@ -19,6 +20,7 @@ from retex_jax.offsets import (
     factorized,
     shape_shared,
     tucker,
+    weighting,
 )
 from retex_jax.offsets.generator import LearnedForm
 from retex_jax.offsets.state import OffsetState
@@ -68,6 +70,15 @@ def solver_function(form: str, solver: str, d_emb: int | None) -> Callable[..., 
     return _EXACT[form] if d_emb is None else tucker.fit
 
 
+def needing_data(task_weights: Any, shrinkage: float) -> list[str]:
+    """What needs inputs of every task, in words; it may be nothing."""
+    is_used = {
+        weighting.NAME: weighting.needs_data(task_weights),
+        activations.NAME: shrinkage < 1,
+    }
+    return [name for name, used in is_used.items() if used]
+
+
 def check(
     experts: ExpertSet,
     *,
@@ -77,7 +88,7 @@ def check(
     d_emb: int | None,
     budget: float | None,
     sharing: str,
-    task_weights: Literal["equal", "energy"] | Sequence[float],
+    task_weights: weighting.Rule | Sequence[float],
     shrinkage: float,
     solver: str,
     base: str | Params,
@@ -130,8 +141,9 @@ def _size_problems(rank: Any, budget_: Any, sharing: str) -> list[str]:
 
 def _task_weight_problems(task_weights: Any, num_tasks: int) -> list[str]:
     if isinstance(task_weights, str):
-        is_known = task_weights in ("equal", "energy")
-        expected = f"'equal', 'energy' or {num_tasks} numbers"
+        rules = get_args(weighting.Rule)
+        is_known = task_weights in rules
+        expected = f"{', '.join(map(repr, rules))} or {num_tasks} numbers"
     else:
         is_known = np.shape(task_weights) == (num_tasks,)
         is_known = is_known and all(0 < weight < float("inf") for weight in task_weights)

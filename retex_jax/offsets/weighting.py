@@ -1,0 +1,173 @@
+"""Weights of the tasks' errors, which the solvers square: equal, by energy, or by what the predictions lose.
+
+By energy every task's error counts relative to its own offset. But equal relative errors of parameters leave the
+predictions of one task as they were, and change those of another. What should be small is the sum over tasks of K_t,
+the mean Kullback-Leibler divergence of the recovered expert's predictions from the expert's own on inputs of task t.
+The solvers minimise sum_t w_t^2 E_t, of squared errors E_t; both are stationary at the same point where w_t^2 is in
+proportion to dK_t / dE_t, and if all K_t grow by one power of E_t, that is K_t / E_t. Such weights are found by
+iterating, from those by energy. As K_t falls steeply with w_t a whole step overshoots: weights go a part of the way,
+in logarithms, and the round of the least sum is taken.
+
+Numerics: logits in float32 (of the calibration's model); divergences, errors and weights in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from retex_jax import tree
+from retex_jax.calibration import Calibration
+from retex_jax.experts import ExpertSet
+from retex_jax.offsets import differences
+from retex_jax.typing import Batch, Params
+
+Rule = Literal["equal", "energy", "divergence"]
+
+NAME = "retex with task_weights = 'divergence'"
+
+ROUNDS = 3
+"""Fits that `by_divergence` tries."""
+
+_STEP = 0.4
+
+# Of the mean divergence: what a task counts for that loses less.
+_LEAST = 0.01
+
+Recover = Callable[[int], Params]
+"""Task -> the recovered expert."""
+
+
+def needs_data(given: Rule | Sequence[float]) -> bool:
+    """Whether the weights are chosen on inputs of every task."""
+    return isinstance(given, str) and given == "divergence"
+
+
+def without_data(experts: ExpertSet, merged: Params, given: Rule | Sequence[float]) -> np.ndarray:
+    """The weights that take no inputs; "divergence" begins with those by energy.
+
+    Args:
+      experts: the experts.
+      merged: the base that offsets are added to.
+      given: a rule, or T positive numbers.
+
+    Returns:
+      [T], float64, of mean square 1.
+    """
+    if not isinstance(given, str):
+        return _normalized(np.asarray(given, np.float64))
+    if given == "equal":
+        return np.ones(experts.num_tasks)
+    return _normalized(_inverse_norms(experts, merged))
+
+
+def by_divergence(
+    experts: ExpertSet,
+    calibration: Calibration,
+    first: np.ndarray,
+    solve: Callable[[np.ndarray, int], Recover],
+) -> np.ndarray:
+    """The weights, of those of `ROUNDS` fits, at which the predictions lose least.
+
+    Args:
+      experts: the experts; one is held at a time.
+      calibration: inputs of every task, and `logits`.
+      first: [T], of mean square 1: of the first fit.
+      solve: (weights, number of the round) -> the recovered experts of a fit.
+
+    Returns:
+      [T], float64, of mean square 1.
+
+    Raises:
+      ValueError: if an expert's predictions are not finite.
+    """
+    predictions = _predictions(calibration)
+    tasks = range(experts.num_tasks)
+    own = [predictions(experts.expert_params(task), task) for task in tasks]
+    if wrong := [experts.names[task] for task in tasks if not np.isfinite(own[task]).all()]:
+        raise ValueError(f"calibration.logits: NaN or Inf for the experts of {wrong}")
+    tried: list[tuple[float, np.ndarray]] = []
+    weights = first
+    for number in range(ROUNDS):
+        recover = solve(weights, number)
+        losses, errors = np.zeros((2, experts.num_tasks))
+        for task in tasks:
+            params = recover(task)
+            losses[task] = divergence(own[task], predictions(params, task))
+            errors[task] = _squared_error(experts.expert_params(task), params)
+        tried.append((float(losses.sum()), weights))
+        weights = updated(weights, losses, errors)
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def divergence(own: np.ndarray, recovered: np.ndarray) -> float:
+    """The mean Kullback-Leibler divergence of predictions from the expert's own.
+
+    Args:
+      own: of the expert, logarithms of probabilities, [N, C].
+      recovered: of the recovered expert, alike.
+
+    Returns:
+      In nats.
+    """
+    return float(np.mean(np.sum(np.exp(own) * (own - recovered), axis=-1)))
+
+
+def updated(weights: np.ndarray, losses: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Goes a part of the way to weights whose squares are in proportion to losses / errors.
+
+    Args:
+      weights: w_t, [T], of mean square 1.
+      losses: K_t, [T].
+      errors: E_t, [T], those of the fit with these weights; a task without error keeps its weight.
+
+    Returns:
+      [T], of mean square 1.
+    """
+    if not losses.max() > 0:
+        return weights
+    known = errors > 0
+    counted = np.maximum(losses, _LEAST * losses.mean())
+    aim = _normalized(np.sqrt(counted / np.where(known, errors, 1.0)))
+    moved = weights ** (1 - _STEP) * aim**_STEP
+    return _normalized(np.where(known, moved, weights))
+
+
+def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
+    base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
+    for name in experts.float_leaves:
+        for task in range(experts.num_tasks):
+            energies[task] += float(
+                (differences.vectors(experts.take([task]), base, name) ** 2).sum()
+            )
+    # A task without an offset needs nothing, whatever its weight.
+    return 1 / np.sqrt(np.where(energies > 0, energies, energies.max() or 1.0))
+
+
+def _normalized(values: np.ndarray) -> np.ndarray:
+    return values / np.sqrt(np.mean(values**2))
+
+
+def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray]:
+    """(params, task) -> logarithms of probabilities of all of the task's inputs, [N, C_t], float64."""
+
+    @jax.jit(static_argnums=1)
+    def of_batch(params: Params, task: int, batch: Batch) -> jax.Array:
+        return jax.nn.log_softmax(calibration.logits(params, task, batch))
+
+    def predictions(params: Params, task: int) -> np.ndarray:
+        params = jax.device_put(params)
+        found = [np.asarray(of_batch(params, task, batch)) for batch in calibration.batches[task]]
+        return np.concatenate(found).astype(np.float64)
+
+    return predictions
+
+
+def _squared_error(expert: Params, recovered: Params) -> float:
+    others = tree.flatten(recovered)
+    return sum(
+        float(np.sum((np.asarray(leaf, np.float64) - np.asarray(others[name], np.float64)) ** 2))
+        for name, leaf in tree.flatten(expert).items()
+        if tree.is_float(leaf.dtype)
+    )

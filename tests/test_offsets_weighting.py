@@ -1,0 +1,222 @@
+"""Task weights by what the predictions lose, against their definition in float64."""
+
+import jax
+import numpy as np
+import pytest
+import references
+from expert_sets import expert_set
+
+import retex_jax as rtx
+from retex_jax import tree
+from retex_jax.calibration import Calibration
+from retex_jax.offsets import bases, weighting
+
+RETEX = rtx.METHODS["retex"]
+NUM_TASKS, WIDTH = 3, 16
+GAINS = (0.3, 1.0, 12.0)  # of logits: the last task's predictions are lost first
+BUDGET = {"budget": 0.35, "bits": 3, "sharing": "auto", "orientation": "auto"}
+
+
+def linear_experts():
+    """Three experts of one kernel, whose offsets are as large as each other."""
+    rng = np.random.default_rng(0)
+    pretrained = {"w/kernel": rng.normal(size=(WIDTH, WIDTH)).astype("f4")}
+    experts = [
+        {"w/kernel": pretrained["w/kernel"] + 0.3 * rng.normal(size=(WIDTH, WIDTH)).astype("f4")}
+        for _ in range(NUM_TASKS)
+    ]
+    return pretrained, experts
+
+
+def inputs():
+    rng = np.random.default_rng(1)
+    return [rng.normal(size=(40, WIDTH)).astype("f4") for _ in range(NUM_TASKS)]
+
+
+def calibration(examples, size=8):
+    return Calibration(
+        batches=[[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples],
+        features=lambda params, batch: batch["x"] @ params["w"]["kernel"],
+        logits=lambda params, task, batch: GAINS[task] * (batch["x"] @ params["w"]["kernel"]),
+    )
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def losses(experts, recovered, examples):
+    """K_t of models of one kernel."""
+    found = []
+    for gain, expert, other, x in zip(GAINS, experts, recovered, examples, strict=True):
+        own, its = (
+            log_softmax(gain * x.astype(np.float64) @ model["w/kernel"].astype(np.float64))
+            for model in (expert, other)
+        )
+        found.append(np.mean(np.sum(np.exp(own) * (own - its), axis=-1)))
+    return np.array(found)
+
+
+def recovered(state):
+    return [references.flat(RETEX.recover(state, task)) for task in range(NUM_TASKS)]
+
+
+def test_weights_are_those_of_the_definition():
+    """On a solver of our own, whose errors fall with a task's weight."""
+    pretrained, experts = linear_experts()
+    examples, rng = inputs(), np.random.default_rng(2)
+    noise = [0.05 * rng.normal(size=(WIDTH, WIDTH)) for _ in range(NUM_TASKS)]
+
+    def recover(weights, task):
+        return {"w/kernel": (experts[task]["w/kernel"] + noise[task] / weights[task]).astype("f4")}
+
+    rounds = []
+
+    def solve(weights, number):
+        rounds.append((number, weights))
+        return lambda task: references.nested(recover(weights, task))
+
+    first = np.array([1.2, 0.9, np.sqrt(3 - 1.2**2 - 0.9**2)])
+    found = weighting.by_divergence(
+        expert_set(pretrained, experts), calibration(examples), first, solve
+    )
+
+    weights, sums = first, []
+    for number, tried in rounds:
+        assert number == len(sums)
+        np.testing.assert_allclose(tried, weights, rtol=1e-4)
+        models = [recover(weights, task) for task in range(NUM_TASKS)]
+        lost = losses(experts, models, examples)
+        errors = [
+            np.sum((model["w/kernel"].astype(np.float64) - expert["w/kernel"]) ** 2)
+            for model, expert in zip(models, experts, strict=True)
+        ]
+        sums.append(lost.sum())
+        aim = np.sqrt(np.maximum(lost, 0.01 * lost.mean()) / errors)
+        aim /= np.sqrt(np.mean(aim**2))
+        weights = np.exp(0.6 * np.log(weights) + 0.4 * np.log(aim))
+        weights /= np.sqrt(np.mean(weights**2))
+    assert len(sums) == weighting.ROUNDS
+    assert sums[1] < sums[0]
+    np.testing.assert_array_equal(found, rounds[int(np.argmin(sums))][1])
+
+
+def test_predictions_lose_less_than_by_energy():
+    pretrained, experts = linear_experts()
+    made, examples = expert_set(pretrained, experts), inputs()
+    told = []
+    state = RETEX.fit(
+        made, **BUDGET, task_weights="divergence", calibration=calibration(examples),
+        progress=lambda *done: told.append(done),
+    )  # fmt: skip
+    by_energy = RETEX.fit(made, **BUDGET, task_weights="energy")
+    lost = losses(experts, recovered(state), examples)
+    before = losses(experts, recovered(by_energy), examples)
+    assert lost.sum() < 0.9 * before.sum()
+    assert lost.argmax() == before.argmax() == 2
+    parts = [done / total for done, total in told]
+    assert parts == sorted(parts)
+    assert parts[-1] == 1
+
+
+def test_it_is_the_fit_with_the_weights_that_it_finds(monkeypatch):
+    made, given = expert_set(*linear_experts()), calibration(inputs())
+    real, found = weighting.by_divergence, []
+    monkeypatch.setattr(
+        weighting, "by_divergence", lambda *args: found.append(real(*args)) or found[0]
+    )
+    for options in (BUDGET, {"rank": 3}):
+        found.clear()
+        state = RETEX.fit(made, **options, task_weights="divergence", calibration=given)
+        assert np.mean(found[0] ** 2) == pytest.approx(1, rel=1e-12)
+        same = RETEX.fit(made, **options, task_weights=found[0].tolist())
+        assert jax.tree.structure(state) == jax.tree.structure(same)
+        for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_a_killed_fit_keeps_its_weights(tmp_path, monkeypatch):
+    made = expert_set(*linear_experts())
+    options = {**BUDGET, "task_weights": "divergence", "calibration": calibration(inputs())}
+    whole = RETEX.fit(made, **options)
+    path = tmp_path / "offsets.safetensors"
+
+    def stop(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RETEX.fit(made, **options, file=path, resume="these", progress=stop)
+    monkeypatch.setattr(weighting, "by_divergence", lambda *_: pytest.fail("sought again"))
+    resumed = RETEX.fit(made, **options, file=path, resume="these")
+    for mine, theirs in zip(recovered(whole), recovered(resumed), strict=True):
+        np.testing.assert_array_equal(mine["w/kernel"], theirs["w/kernel"])
+
+
+@pytest.mark.parametrize("orientation", ["right", "auto"])
+def test_with_errors_that_are_weighed_by_inputs(orientation):
+    made, examples = expert_set(*linear_experts()), inputs()
+    plain = calibration(examples)
+    given = Calibration(
+        plain.batches, plain.features, plain.logits, lambda params, batch: {"w/kernel": batch["x"]}
+    )
+    options = {**BUDGET, "orientation": orientation, "shrinkage": 0.3, "calibration": given}
+    experts = [references.flat(made.expert_params(task)) for task in range(NUM_TASKS)]
+    lost, before = (
+        losses(experts, recovered(RETEX.fit(made, **options, task_weights=rule)), examples)
+        for rule in ("divergence", "energy")
+    )
+    assert lost.sum() < before.sum()
+
+
+def test_what_is_recovered_exactly_keeps_its_weight():
+    weights = np.sqrt([1.5, 1.0, 0.5])
+    found = weighting.updated(weights, np.array([0.0, 0.4, 0.1]), np.array([0.0, 1.0, 1.0]))
+    assert np.mean(found**2) == pytest.approx(1)
+    assert found[1] / found[2] > weights[1] / weights[2]
+    np.testing.assert_array_equal(weighting.updated(weights, np.zeros(3), np.ones(3)), weights)
+
+
+def test_one_expert():
+    pretrained, experts = linear_experts()
+    given = calibration(inputs()[:1])
+    state = RETEX.fit(
+        expert_set(pretrained, experts[:1]), rank=2, task_weights="divergence", calibration=given
+    )
+    found = references.flat(RETEX.recover(state, 0))
+    np.testing.assert_allclose(found["w/kernel"], experts[0]["w/kernel"], atol=1e-5)
+
+
+def test_inputs_are_needed_before_any_work(monkeypatch):
+    made = expert_set(*linear_experts())
+    monkeypatch.setattr(bases, "merge", None)
+    with pytest.raises(ValueError, match="calibration: got None, but retex with task_weights"):
+        RETEX.fit(made, rank=2, task_weights="divergence")
+    both = "task_weights = 'divergence' and retex with a shrinkage below 1 needs inputs"
+    with pytest.raises(ValueError, match=both):
+        RETEX.fit(made, rank=2, task_weights="divergence", shrinkage=0.5)
+    with pytest.raises(ValueError, match=r"calibration\.batches: got 2, expected"):
+        RETEX.fit(made, rank=2, task_weights="divergence", calibration=calibration(inputs()[:2]))
+
+
+def test_predictions_that_are_not_finite():
+    pretrained, experts = linear_experts()
+    examples = inputs()
+    examples[1][3, 2] = np.nan
+    made = expert_set(pretrained, experts, names=["one", "two", "three"])
+    with pytest.raises(ValueError, match=r"NaN or Inf for the experts of \['two'\]"):
+        RETEX.fit(made, rank=2, task_weights="divergence", calibration=calibration(examples))
+
+
+def test_data_are_needed_by_divergence_only():
+    assert RETEX.needs_with({"task_weights": "energy"}) == "none"
+    assert RETEX.needs_with({"task_weights": (1.0, 2.0)}) == "none"
+    assert RETEX.needs_with({"task_weights": "divergence"}) == "calibration inputs"
+
+
+def test_integers_do_not_count_as_errors():
+    expert = {"a": np.array([3, 4]), "w": np.array([1.0, 2.0], np.float32)}
+    other = {"a": np.array([0, 0]), "w": np.array([1.0, 4.0], np.float32)}
+    assert not tree.is_float(expert["a"].dtype)
+    assert weighting._squared_error(expert, other) == 4
