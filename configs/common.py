@@ -214,6 +214,7 @@ def get_config() -> ConfigDict:
                 "budget": 0.0,
                 "sharing": "shared",  # with a budget; or "separate", "auto"
                 "task_weights": "equal",  # by the exact solver; or "energy", "divergence"
+                "leaf_weights": "equal",  # with a budget; or "fisher"
                 "solver": "exact",  # or "adam"
                 "base": "weight_average",
                 "base_options": {},

@@ -168,8 +168,8 @@ def offset_size(spec: Mapping[str, Any]) -> dict[str, Any]:
       spec: settings["offsets"].
     """
     size = {"budget": spec["budget"]} if spec["budget"] else {"rank": spec["rank"]}
-    names = ("rank_rule", "orientation", "sharing", "task_weights")
-    return {**size, **{name: spec[name] for name in names}}
+    names = ("rank_rule", "orientation", "sharing", "task_weights", "leaf_weights")
+    return {**size, **{name: spec[name] for name in names if name in spec}}
 
 
 def identifier_options(spec: Mapping[str, Any]) -> dict[str, Any]:

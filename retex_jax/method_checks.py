@@ -67,7 +67,8 @@ def problems(settings: Settings, model: Any) -> list[str]:
     # The toy experts are smaller than any fraction of them: what is positive counts as bytes enough.
     budget = 1e6 if 0 < spec["budget"] < float("inf") else spec["budget"]
     size: dict[str, Any] = {"budget": budget} if budget else {"rank": 1}
-    size |= {name: spec[name] for name in ("sharing", "task_weights")}
+    further = ("sharing", "task_weights", "leaf_weights")
+    size |= {name: spec[name] for name in further if name in spec}
     found += _failure("offsets", lambda: _fit_without_data(offsets.fit, _toy_experts(), size))
     if model is not None:
         found += _budget_problems(spec, leaves, len(settings["tasks"]))

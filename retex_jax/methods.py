@@ -58,8 +58,9 @@ def _by_base(options: Mapping[str, Any]) -> bool:
 
 
 def _offset_needs(options: Mapping[str, Any]) -> str:
-    size = (options.get("task_weights"), options.get("shrinkage", 1))
-    return "calibration inputs" if needing_data(*size) else "none"
+    defaults = {"task_weights": "equal", "leaf_weights": "equal", "shrinkage": 1}
+    given = {name: options.get(name, default) for name, default in defaults.items()}
+    return "calibration inputs" if needing_data(**given) else "none"
 
 
 @dataclass(frozen=True)

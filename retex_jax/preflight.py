@@ -92,6 +92,7 @@ _REQUIRED = (
 
 ENTRIES = (
     *_REQUIRED,
+    "offsets.leaf_weights",
     "unseen.num_unseen",
     "unseen.num_splits",
     "unseen.splits",

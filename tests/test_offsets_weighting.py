@@ -1,4 +1,4 @@
-"""Task weights by what the predictions lose, against their definition in float64."""
+"""Weights of tasks and leaves by what the predictions lose, against their definitions in float64."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import references
 from expert_sets import expert_set
 
 import retex_jax as rtx
-from retex_jax import tree
+from retex_jax import offsets, tree
 from retex_jax.calibration import Calibration
 from retex_jax.offsets import bases, weighting
 
@@ -220,3 +220,138 @@ def test_integers_do_not_count_as_errors():
     other = {"a": np.array([0, 0]), "w": np.array([1.0, 4.0], np.float32)}
     assert not tree.is_float(expert["a"].dtype)
     assert weighting._squared_error(expert, other) == 4
+
+
+# Leaves by how far the predictions depend on them
+
+SCALES = {"first/kernel": 1.0, "second/kernel": 0.1, "unread/kernel": 0.0}
+
+
+def experts_of_leaves():
+    """Three experts of three kernels, whose offsets are as large as each other."""
+    rng = np.random.default_rng(0)
+    pretrained = {name: rng.normal(size=(WIDTH, WIDTH)).astype("f4") for name in SCALES}
+    return pretrained, [
+        {
+            name: (leaf + 0.3 * rng.normal(size=leaf.shape)).astype("f4")
+            for name, leaf in pretrained.items()
+        }
+        for _ in range(NUM_TASKS)
+    ]
+
+
+def sum_of_layers(examples, size=8):
+    """A model that reads the kernels to different extents."""
+
+    def logits(params, task, batch):
+        flat = tree.flatten(params)
+        return sum(scale * (batch["x"] @ flat[name]) for name, scale in SCALES.items())
+
+    batches = [[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples]
+    return Calibration(batches, lambda params, batch: batch["x"], logits)
+
+
+def mean_fisher(expert, examples, size=8):
+    """Of each kernel: the mean of its entries of the diagonal, with a batch's gradients summed before the square."""
+    sums = dict.fromkeys(SCALES, 0.0)
+    for i in range(0, len(examples), size):
+        x = examples[i : i + size].astype(np.float64)
+        logits = sum(scale * x @ expert[name].astype(np.float64) for name, scale in SCALES.items())
+        roots = np.exp(log_softmax(logits) / 2)
+        # d/dz of sum_c sqrt(p_c) log p_c, with sqrt(p_c) held fixed.
+        inner = roots - roots.sum(axis=1, keepdims=True) * roots**2
+        for name, scale in SCALES.items():
+            sums[name] += np.mean((scale * x.T @ inner) ** 2) / len(examples)
+    return sums
+
+
+def test_leaves_count_by_the_root_of_their_mean_fisher_information():
+    pretrained, experts = experts_of_leaves()
+    examples = inputs()
+    made, given = expert_set(pretrained, experts), sum_of_layers(examples)
+    found = weighting.by_fisher(made, given, list(SCALES))
+    used = [x[: weighting.NUM_INPUTS] for x in examples]
+    assert len(used[0]) < len(examples[0])
+    relative = []
+    for expert, x in zip(experts, used, strict=True):
+        means = mean_fisher(expert, x)
+        relative.append([means[name] / np.mean(list(means.values())) for name in SCALES])
+    want = np.sqrt(np.mean(relative, axis=0))
+    for name, squared in zip(SCALES, want, strict=True):
+        assert found[name] ** 2 == pytest.approx(squared, rel=1e-4)
+    assert found["unread/kernel"] == 0
+
+
+def test_bytes_go_where_predictions_depend_on_them():
+    made, examples = expert_set(*experts_of_leaves()), inputs()
+    states = {
+        rule: RETEX.fit(
+            made, budget=0.1, bits=3, leaf_weights=rule, calibration=sum_of_layers(examples)
+        )
+        for rule in ("equal", "fisher")
+    }
+    sizes = {rule: offsets.offset_bytes(state) for rule, state in states.items()}
+    assert sizes["fisher"] == pytest.approx(sizes["equal"], rel=0.2)
+    assert "unread/kernel" in states["equal"].offsets
+    assert "unread/kernel" not in states["fisher"].offsets
+    errors = {
+        rule: sum(
+            np.sum((found["first/kernel"] - expert["first/kernel"]) ** 2)
+            for found, expert in zip(recovered(state), experts_of_leaves()[1], strict=True)
+        )
+        for rule, state in states.items()
+    }
+    assert errors["fisher"] < 0.7 * errors["equal"]
+
+
+def test_both_weights_together_and_again_from_a_file(tmp_path, monkeypatch):
+    made = expert_set(*experts_of_leaves())
+    options = {
+        **BUDGET, "task_weights": "divergence", "leaf_weights": "fisher",
+        "calibration": sum_of_layers(inputs()),
+    }  # fmt: skip
+    whole = RETEX.fit(made, **options)
+    path = tmp_path / "offsets.safetensors"
+
+    def stop(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RETEX.fit(made, **options, file=path, resume="these", progress=stop)
+    for name in ("by_divergence", "by_fisher"):
+        monkeypatch.setattr(weighting, name, lambda *_: pytest.fail("sought again"))
+    resumed = RETEX.fit(made, **options, file=path, resume="these")
+    for mine, theirs in zip(recovered(whole), recovered(resumed), strict=True):
+        for name in SCALES:
+            np.testing.assert_array_equal(mine[name], theirs[name])
+
+
+def test_predictions_that_depend_on_nothing():
+    made = expert_set(*experts_of_leaves())
+    given = sum_of_layers([np.zeros_like(x) for x in inputs()])
+    assert weighting.by_fisher(made, given, list(SCALES)) == dict.fromkeys(SCALES, 1.0)
+
+
+def test_fisher_information_that_is_not_finite():
+    examples = inputs()
+    examples[1][3, 2] = np.nan
+    names = {"names": ["one", "two", "three"]}
+    made = expert_set(*experts_of_leaves(), **names)
+    with pytest.raises(ValueError, match="two: its Fisher information has"):
+        RETEX.fit(made, budget=0.2, leaf_weights="fisher", calibration=sum_of_layers(examples))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2}, "leaf_weights: got 'fisher' without a budget"),
+        ({"budget": 0.2}, "calibration: got None, but retex with leaf_weights = 'fisher' needs"),
+        ({"budget": 0.2, "leaf_weights": "size"}, "leaf_weights: got 'size', expected one of"),
+    ],
+)
+def test_leaf_weights_that_cannot_be(options, message, monkeypatch):
+    monkeypatch.setattr(bases, "merge", None)
+    with pytest.raises(ValueError, match=message):
+        RETEX.fit(expert_set(*experts_of_leaves()), **{"leaf_weights": "fisher", **options})
+    assert RETEX.needs_with({"leaf_weights": "fisher"}) == "calibration inputs"

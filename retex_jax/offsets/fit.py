@@ -35,6 +35,7 @@ from retex_jax.typing import Array, Params, ProgressFn
 # What a fit notes in its file, because it costs passes over the experts.
 _RANKS = "ranks"
 _WEIGHTS = "weights"
+_LEAVES = "leaves"
 
 
 def fit(
@@ -50,6 +51,7 @@ def fit(
     budget: float | None = None,
     sharing: budgets.Sharing = "shared",
     task_weights: weighting.Rule | Sequence[float] = "equal",
+    leaf_weights: weighting.LeafRule = "equal",
     calibration: Calibration | None = None,
     shrinkage: float = 1.0,
     solver: Literal["exact", "adam"] = "exact",
@@ -61,9 +63,9 @@ def fit(
 ) -> OffsetState:
     """Merges the experts and fits one offset a task and leaf, so that each expert can be recovered.
 
-    Needs no data, but for task_weights "divergence" or a `shrinkage` below 1. Leaves below two axes are recovered
-    exactly (by "adam": as far as it gets; in few bits, with form "shape_shared" or a small `d_emb`: as well as
-    these can). Size is given by `rank`, as in the paper, or by `budget`.
+    Needs no data, but for task_weights "divergence", leaf_weights "fisher" or a `shrinkage` below 1. Leaves below
+    two axes are recovered exactly (by "adam": as far as it gets; in few bits, with form "shape_shared" or a small
+    `d_emb`: as well as these can). Size is given by `rank`, as in the paper, or by `budget`.
 
     Args:
       experts: the experts.
@@ -87,8 +89,10 @@ def fit(
       task_weights: of the tasks' errors: "equal"; "energy": each task's error relative to its own offset, so
         that tasks of small offsets do not starve; "divergence": by what the tasks' predictions lose, so that none
         starves, for three fits more (see `retex_jax.offsets.weighting`); or T positive numbers. By "exact" only.
-      calibration: unlabelled training inputs of every task, with `logits` for "divergence" and `linear_inputs`
-        for a `shrinkage` below 1; not used without them.
+      leaf_weights: with a budget, of the leaves' errors where ranks are chosen: "equal"; or "fisher": by how far
+        the experts' predictions depend on a leaf, for a few backward passes.
+      calibration: unlabelled training inputs of every task, with `logits` for "divergence" and "fisher" and
+        `linear_inputs` for a `shrinkage` below 1; not used without them.
       shrinkage: above 0, at most 1. Below 1 the errors of a linear layer are weighed by what it reads, the less
         the nearer to 1 (see `retex_jax.offsets.activations`), when ranks are chosen, in the solution and in the
         report; 1 is plain L2. By "exact" with form "product" only.
@@ -121,6 +125,7 @@ def fit(
         budget=budget,
         sharing=sharing,
         task_weights=task_weights,
+        leaf_weights=leaf_weights,
         shrinkage=shrinkage,
         solver=solver,
         base=base,
@@ -132,14 +137,14 @@ def fit(
     rank = options.default_rank(rank, budget)
     base_options = base_options or {}
     inputs = None
-    if needing := options.needing_data(task_weights, shrinkage):
+    if needing := options.needing_data(task_weights, leaf_weights, shrinkage):
         inputs = require(calibration, " and ".join(needing), experts.num_tasks)
     if inputs and shrinkage < 1:
         require_linear_inputs(inputs, activations.NAME)
     identity = None
     if file is not None and resume is not None:
         tasks = task_weights if isinstance(task_weights, str) else [*map(float, task_weights)]
-        sizes = (rank, rank_rule, orientation, budget, sharing, tasks, shrinkage)
+        sizes = (rank, rank_rule, orientation, budget, sharing, tasks, leaf_weights, shrinkage)
         drawn = None if key is None else jax.random.key_data(key).tolist()
         merging = base if isinstance(base, str) else None, base_options, drawn
         given = {name: x for name, x in solver_options.items() if name != "progress"}
@@ -165,10 +170,13 @@ def fit(
         opened = factor_writer.writing(file, room, identity)
     with opened as factors:
         merged = bases.merge(experts, key, base, base_options, factors)
-        roots = {}
+        roots, leaves = {}, {}
         if inputs and shrinkage < 1:
             roots = activations.roots(inputs, merged, plans, shrinkage)
-        sizes = (roots, budget, sharing)
+        if inputs and leaf_weights == "fisher":
+            measure = partial(weighting.by_fisher, experts, inputs, list(plans))
+            leaves = _noted(factors, _LEAVES, measure)
+        sizes = (leaves, roots, budget, sharing)
         weights = weighting.without_data(experts, merged, task_weights)
         if inputs and weighting.needs_data(task_weights):
             num_fits = weighting.ROUNDS + 1
@@ -178,7 +186,7 @@ def fit(
                 return partial(recover, _solve(experts, merged, plans, weights, *sizes, shown))
 
             find = partial(weighting.by_divergence, experts, inputs, weights, attempt)
-            weights = find() if factors is None else _noted_weights(factors, find)
+            weights = np.asarray(_noted(factors, _WEIGHTS, lambda: find().tolist()))
             solver_options = _part_of_progress(solver_options, num_fits - 1, num_fits)
         state = _solve(experts, merged, plans, weights, *sizes, solver_options, factors)
         if factors is not None:
@@ -198,6 +206,7 @@ def _solve(
     merged: Params,
     plans: dict[str, LeafPlan],
     weights: np.ndarray,
+    leaf_weights: Mapping[str, float],
     roots: Mapping[str, Array],
     budget: float | None,
     sharing: budgets.Sharing,
@@ -206,7 +215,7 @@ def _solve(
 ) -> OffsetState:
     """Chooses the ranks, with a budget, and solves all leaves in closed form."""
     if budget is not None:
-        sizes = (weights, roots, budget, sharing, solver_options)
+        sizes = (weights, leaf_weights, roots, budget, sharing, solver_options)
         spend = partial(_spend, experts, merged, plans, *sizes)
         plans = spend() if factors is None else _noted_ranks(factors, plans, spend)
     given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
@@ -227,11 +236,13 @@ def _part_of_progress(
     return {**solver_options, "progress": show}
 
 
-def _noted_weights(factors: factor_writer.FactorFile, find: Callable[[], np.ndarray]) -> np.ndarray:
-    """The task weights that the file's earlier fit has noted; or new ones, which it then notes."""
-    if _WEIGHTS not in factors.notes:
-        factors.note(_WEIGHTS, find().tolist())
-    return np.asarray(factors.notes[_WEIGHTS])
+def _noted(factors: factor_writer.FactorFile | None, name: str, find: Callable[[], Any]) -> Any:
+    """A JSON value that the file's earlier fit has noted; or a new one, which it then notes."""
+    if factors is None:
+        return find()
+    if name not in factors.notes:
+        factors.note(name, find())
+    return factors.notes[name]
 
 
 def _noted_ranks(
@@ -256,6 +267,7 @@ def _spend(
     merged: Params,
     plans: dict[str, LeafPlan],
     weights: np.ndarray,
+    leaf_weights: Mapping[str, float],
     roots: Mapping[str, Array],
     budget: float,
     sharing: budgets.Sharing,
@@ -267,7 +279,7 @@ def _spend(
     for name, plan in plans.items():
         offsets = differences.matrices(experts, base, name, plan)
         offsets = activations.whiten(offsets, roots.get(name), plan.orientation)
-        measured[name] = budgets.spectra(offsets, weights, sharing)
+        measured[name] = budgets.spectra(offsets, leaf_weights.get(name, 1) * weights, sharing)
     bits = solver_options.get("bits", 32)
     return budgets.allocate(plans, measured, total, bits=bits, sharing=sharing)
 

@@ -70,10 +70,11 @@ def solver_function(form: str, solver: str, d_emb: int | None) -> Callable[..., 
     return _EXACT[form] if d_emb is None else tucker.fit
 
 
-def needing_data(task_weights: Any, shrinkage: float) -> list[str]:
+def needing_data(task_weights: Any, leaf_weights: str, shrinkage: float) -> list[str]:
     """What needs inputs of every task, in words; it may be nothing."""
     is_used = {
         weighting.NAME: weighting.needs_data(task_weights),
+        weighting.LEAF_NAME: leaf_weights == "fisher",
         activations.NAME: shrinkage < 1,
     }
     return [name for name, used in is_used.items() if used]
@@ -89,6 +90,7 @@ def check(
     budget: float | None,
     sharing: str,
     task_weights: weighting.Rule | Sequence[float],
+    leaf_weights: str,
     shrinkage: float,
     solver: str,
     base: str | Params,
@@ -104,6 +106,7 @@ def check(
     problems = [
         *_size_problems(rank, budget, sharing),
         *_task_weight_problems(task_weights, experts.num_tasks),
+        *_leaf_weight_problems(leaf_weights, budget),
         *_solver_problems(solver, budget, task_weights),
         *_form_problems(form, task_rank, default_rank(rank, budget), budget, task_weights),
         *_embedding_problems(d_emb, form, solver, budget, task_weights),
@@ -149,6 +152,15 @@ def _task_weight_problems(task_weights: Any, num_tasks: int) -> list[str]:
         is_known = is_known and all(0 < weight < float("inf") for weight in task_weights)
         expected = f"{num_tasks} positive numbers"
     return [] if is_known else [f"task_weights: got {task_weights!r}, expected {expected}"]
+
+
+def _leaf_weight_problems(leaf_weights: Any, budget_: Any) -> list[str]:
+    rules = get_args(weighting.LeafRule)
+    if leaf_weights not in rules:
+        return [f"leaf_weights: got {leaf_weights!r}, expected one of {rules}"]
+    if leaf_weights != "equal" and budget_ is None:
+        return [f"leaf_weights: got {leaf_weights!r} without a budget, expected 'equal'"]
+    return []
 
 
 def _form_problems(

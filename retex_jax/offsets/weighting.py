@@ -1,6 +1,6 @@
-"""Weights of the tasks' errors, which the solvers square: equal, by energy, or by what the predictions lose.
+"""Weights of errors, which are squared with them: of the tasks, and of the leaves where bytes are spent.
 
-By energy every task's error counts relative to its own offset. But equal relative errors of parameters leave the
+Tasks: by energy every task's error counts relative to its own offset. But equal relative errors of parameters leave the
 predictions of one task as they were, and change those of another. What should be small is the sum over tasks of K_t,
 the mean Kullback-Leibler divergence of the recovered expert's predictions from the expert's own on inputs of task t.
 The solvers minimise sum_t w_t^2 E_t, of squared errors E_t; both are stationary at the same point where w_t^2 is in
@@ -8,10 +8,16 @@ proportion to dK_t / dE_t, and if all K_t grow by one power of E_t, that is K_t 
 iterating, from those by energy. As K_t falls steeply with w_t a whole step overshoots: weights go a part of the way,
 in logarithms, and the round of the least sum is taken.
 
-Numerics: logits in float32 (of the calibration's model); divergences, errors and weights in float64.
+Leaves: for small errors K_t is half the sum over a leaf's entries of F_t times the squared error, with F_t the
+expert's Fisher information (arXiv:2111.09832, section 3). Of F_t its mean over the leaf is taken, relative to the
+mean over the model, and of these the mean over tasks. The errors of small budgets are far beyond where that holds, and
+the differences between leaves smaller than it says, so squared errors count by its square root.
+
+Numerics: logits and gradients in float32 (of the calibration's model); divergences, errors and weights in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -20,6 +26,7 @@ import numpy as np
 from retex_jax import tree
 from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet
+from retex_jax.mergers.fisher import fisher_diagonal
 from retex_jax.offsets import differences
 from retex_jax.typing import Batch, Params
 
@@ -27,8 +34,15 @@ Rule = Literal["equal", "energy", "divergence"]
 
 NAME = "retex with task_weights = 'divergence'"
 
+LeafRule = Literal["equal", "fisher"]
+
 ROUNDS = 3
 """Fits that `by_divergence` tries."""
+
+NUM_INPUTS = 32
+"""Of a task, that `by_fisher` takes at least."""
+
+LEAF_NAME = "retex with leaf_weights = 'fisher'"
 
 _STEP = 0.4
 
@@ -101,6 +115,44 @@ def by_divergence(
     return min(tried, key=lambda one: one[0])[1]
 
 
+def by_fisher(
+    experts: ExpertSet, calibration: Calibration, names: Collection[str]
+) -> dict[str, float]:
+    """How leaves count where bytes are spent on them, by how far the experts' predictions depend on them.
+
+    Args:
+      experts: the experts; one is held at a time, with a gradient.
+      calibration: inputs of every task, of which the first `NUM_INPUTS` are used, and `logits`.
+      names: of the leaves.
+
+    Returns:
+      Leaf name to its weight, of which most are near 1; 1 where the predictions of all experts depend on
+      nothing.
+
+    Raises:
+      ValueError: if an expert's Fisher information is not finite.
+    """
+    total = dict.fromkeys(names, 0.0)
+    for task in range(experts.num_tasks):
+        own = fisher_diagonal(
+            partial(_logits, calibration, task),
+            experts.expert_params(task),
+            _first(calibration.batches[task], NUM_INPUTS),
+            variant="batch_sum",
+        )
+        sums = {name: float(np.sum(np.asarray(own[name], np.float64))) for name in names}
+        size = sum(own[name].size for name in names)
+        mean = sum(sums.values()) / size
+        if not np.isfinite(mean):
+            raise ValueError(
+                f"{experts.names[task]}: its Fisher information has values that are NaN or Inf"
+            )
+        for name in names:
+            relative = sums[name] / own[name].size / mean if mean > 0 else 1.0
+            total[name] += relative / experts.num_tasks
+    return {name: value**0.25 for name, value in total.items()}
+
+
 def divergence(own: np.ndarray, recovered: np.ndarray) -> float:
     """The mean Kullback-Leibler divergence of predictions from the expert's own.
 
@@ -147,6 +199,20 @@ def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
 
 def _normalized(values: np.ndarray) -> np.ndarray:
     return values / np.sqrt(np.mean(values**2))
+
+
+def _logits(calibration: Calibration, task: int, params: Params, batch: Batch) -> jax.Array:
+    return calibration.logits(params, task, batch)
+
+
+def _first(batches: Iterable[Batch], num_inputs: int) -> Iterator[Batch]:
+    """The first batches that have so many inputs between them, or all."""
+    count = 0
+    for batch in batches:
+        yield batch
+        count += len(next(iter(batch.values())))
+        if count >= num_inputs:
+            return
 
 
 def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray]:
