@@ -51,6 +51,23 @@ def pareto(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def weights(config: ConfigDict) -> ConfigDict:
+    """What weights of leaves and tasks buy: our form at 0.15% to 1% of the model a task, with and without them."""
+    config.name = f"{config.name}_weights"
+    config.methods = "retex"
+    config.expert_seeds = (0, 1, 2)
+    config.offsets.rank = 1
+    config.offsets.extra_ranks = ()
+    by_leaves = {**BUDGETED, "leaf_weights": "fisher"}
+    by_predictions = {**by_leaves, "task_weights": "divergence"}
+    config.extra_variants = (
+        *budgeted(0.0015, 0.0025, 0.005, 0.01),
+        *(("retex", {"budget": size, **by_leaves}) for size in (0.0015, 0.0025, 0.005, 0.01)),
+        ("retex", {"budget": 0.0025, **by_predictions}),
+    )
+    return config
+
+
 VISION = (
     *("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"),
     *("cifar100", "stl10", "oxford_flowers102", "oxford-iiit-pet", "pcam", "fer2013"),
