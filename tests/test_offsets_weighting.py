@@ -215,11 +215,11 @@ def test_data_are_needed_by_divergence_only():
     assert RETEX.needs_with({"task_weights": "divergence"}) == "calibration inputs"
 
 
-def test_integers_do_not_count_as_errors():
-    expert = {"a": np.array([3, 4]), "w": np.array([1.0, 2.0], np.float32)}
-    other = {"a": np.array([0, 0]), "w": np.array([1.0, 4.0], np.float32)}
+def test_errors_count_by_their_leaf_and_integers_not_at_all():
+    expert = {"a": np.array([3, 4]), "v": np.ones(2, "f4"), "w": np.array([1, 2], "f4")}
+    other = {"a": np.array([0, 0]), "v": np.zeros(2, "f4"), "w": np.array([1, 4], "f4")}
     assert not tree.is_float(expert["a"].dtype)
-    assert weighting._squared_error(expert, other) == 4
+    assert weighting._squared_error(expert, other, {"w": 0.5}) == 2 + 0.25 * 4
 
 
 # Leaves by how far the predictions depend on them

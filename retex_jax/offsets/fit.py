@@ -185,7 +185,7 @@ def fit(
                 shown = _part_of_progress(solver_options, number, num_fits)
                 return partial(recover, _solve(experts, merged, plans, weights, *sizes, shown))
 
-            find = partial(weighting.by_divergence, experts, inputs, weights, attempt)
+            find = partial(weighting.by_divergence, experts, inputs, weights, attempt, leaves)
             weights = np.asarray(_noted(factors, _WEIGHTS, lambda: find().tolist()))
             solver_options = _part_of_progress(solver_options, num_fits - 1, num_fits)
         state = _solve(experts, merged, plans, weights, *sizes, solver_options, factors)

@@ -16,7 +16,7 @@ the differences between leaves smaller than it says, so squared errors count by 
 Numerics: logits and gradients in float32 (of the calibration's model); divergences, errors and weights in float64.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -81,6 +81,7 @@ def by_divergence(
     calibration: Calibration,
     first: np.ndarray,
     solve: Callable[[np.ndarray, int], Recover],
+    leaf_weights: Mapping[str, float] | None = None,
 ) -> np.ndarray:
     """The weights, of those of `ROUNDS` fits, at which the predictions lose least.
 
@@ -89,6 +90,7 @@ def by_divergence(
       calibration: inputs of every task, and `logits`.
       first: [T], of mean square 1: of the first fit.
       solve: (weights, number of the round) -> the recovered experts of a fit.
+      leaf_weights: that the errors of leaves count with in `solve`, 1 when not given.
 
     Returns:
       [T], float64, of mean square 1.
@@ -109,7 +111,7 @@ def by_divergence(
         for task in tasks:
             params = recover(task)
             losses[task] = divergence(own[task], predictions(params, task))
-            errors[task] = _squared_error(experts.expert_params(task), params)
+            errors[task] = _squared_error(experts.expert_params(task), params, leaf_weights or {})
         tried.append((float(losses.sum()), weights))
         weights = updated(weights, losses, errors)
     return min(tried, key=lambda one: one[0])[1]
@@ -230,10 +232,10 @@ def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray
     return predictions
 
 
-def _squared_error(expert: Params, recovered: Params) -> float:
-    others = tree.flatten(recovered)
-    return sum(
-        float(np.sum((np.asarray(leaf, np.float64) - np.asarray(others[name], np.float64)) ** 2))
-        for name, leaf in tree.flatten(expert).items()
-        if tree.is_float(leaf.dtype)
-    )
+def _squared_error(expert: Params, recovered: Params, leaf_weights: Mapping[str, float]) -> float:
+    others, total = tree.flatten(recovered), 0.0
+    for name, leaf in tree.flatten(expert).items():
+        if tree.is_float(leaf.dtype):
+            error = np.asarray(leaf, np.float64) - np.asarray(others[name], np.float64)
+            total += leaf_weights.get(name, 1.0) ** 2 * float(np.sum(error**2))
+    return total
