@@ -75,3 +75,12 @@ FAMILIES = {
     "T-Switch": r"t_switch.*",
     "EMR": r"emr.*",
 }
+
+WEIGHTS = ("minilm_text8_weights", "dinov2_vision8_weights")
+
+# What is said of the weights of offsets by budget, and their entries.
+WEIGHTED = {
+    "tasks by energy": rf"retex budget=[\d.]+, {_BUDGET}",
+    "leaves by Fisher information as well": rf"retex budget=[\d.]+, {_BUDGET}, leaf_weights=fisher",
+    "and tasks by divergence": r"retex budget=.*, task_weights=divergence, leaf_weights=fisher",
+}

@@ -7,7 +7,7 @@ tables of the package. `BLOCKS` has the tables by name.
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from compared import (
     ROUTED,
     SIZES,
     SUITES,
+    WEIGHTED,
+    WEIGHTS,
     Entry,
 )
 
@@ -216,10 +218,15 @@ def fronts() -> str:
     return "\n\n".join(_front(name) for name in FRONTS)
 
 
-def _front(name: str) -> str:
+def weights() -> str:
+    """The same of offsets by budget, by how their errors are weighed."""
+    return "\n\n".join(_front(name, WEIGHTED) for name in WEIGHTS)
+
+
+def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
     results = read(results_path(name))
     rows, above = [], []
-    for label, pattern in FAMILIES.items():
+    for label, pattern in families.items():
         family = [found for found in results["rows"] if re.fullmatch(pattern, found["entry"])]
         fitting = [[found for found in family if found["amr"] <= size] for size in SIZES]
         if any(fitting):
@@ -229,20 +236,24 @@ def _front(name: str) -> str:
             above.append(f"{label} {_best(family)} at {percent(least['amr'])}")
     seeds = ", ".join(map(str, results["expert_seeds"]))
     source = told_source(results_path(name), (row["commit"] for row in results["rows"]))
-    told = (
+    average = [found for found in results["rows"] if found["entry"] == "weight_average"]
+    told = [
         f"Experts of seeds {seeds}: normalized accuracy, half a 95% interval of the mean, and the worst task; the best "
-        f"of what stores no more. Larger in any case: {'; '.join(above)}. Weight Averaging, which stores nothing: "
-        f"{_best([found for found in results['rows'] if found['entry'] == 'weight_average'])}. From "
-        f"{source}."
-    )
+        "of what stores no more.",
+        f"Larger in any case: {'; '.join(above)}." if above else "",
+        f"Weight Averaging, which stores nothing: {_best(average)}." if average else "",
+        f"From {source}.",
+    ]
     header = [f"`{name}`", *(percent(size) for size in SIZES)]
-    return f"{table(header, rows)}\n\n{told}"
+    return f"{table(header, rows)}\n\n{' '.join(filter(None, told))}"
 
 
 def _best(found: Sequence[dict[str, Any]]) -> str:
     best = max(found, key=lambda row: row["normalized_accuracy"])
     score, worst = best["normalized_accuracy"], best["worst_normalized_accuracy"]
-    return f"{score:.4f} ± {best['normalized_accuracy_interval']:.4f} ({worst:.3f})"
+    half_width = best["normalized_accuracy_interval"]
+    interval = "" if half_width is None else f" ± {half_width:.4f}"
+    return f"{score:.4f}{interval} ({worst:.3f})"
 
 
 def findings() -> str:
@@ -454,6 +465,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         comparison_kept_apart,
         comparison_routed,
         fronts,
+        weights,
         findings,
         unseen,
         benchmarks,

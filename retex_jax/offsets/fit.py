@@ -176,19 +176,19 @@ def fit(
         if inputs and leaf_weights == "fisher":
             measure = partial(weighting.by_fisher, experts, inputs, list(plans))
             leaves = _noted(factors, _LEAVES, measure)
-        sizes = (leaves, roots, budget, sharing)
+        solve = partial(_solve, experts, merged, plans, leaves, roots, budget, sharing)
         weights = weighting.without_data(experts, merged, task_weights)
         if inputs and weighting.needs_data(task_weights):
             num_fits = weighting.ROUNDS + 1
 
             def attempt(weights: np.ndarray, number: int) -> weighting.Recover:
                 shown = _part_of_progress(solver_options, number, num_fits)
-                return partial(recover, _solve(experts, merged, plans, weights, *sizes, shown))
+                return partial(recover, solve(weights, shown))
 
             find = partial(weighting.by_divergence, experts, inputs, weights, attempt, leaves)
             weights = np.asarray(_noted(factors, _WEIGHTS, lambda: find().tolist()))
             solver_options = _part_of_progress(solver_options, num_fits - 1, num_fits)
-        state = _solve(experts, merged, plans, weights, *sizes, solver_options, factors)
+        state = solve(weights, solver_options, factors)
         if factors is not None:
             factors.finish(state, identity)
     return state
@@ -205,17 +205,17 @@ def _solve(
     experts: ExpertSet,
     merged: Params,
     plans: dict[str, LeafPlan],
-    weights: np.ndarray,
     leaf_weights: Mapping[str, float],
     roots: Mapping[str, Array],
     budget: float | None,
     sharing: budgets.Sharing,
+    weights: np.ndarray,
     solver_options: Mapping[str, Any],
     factors: factor_writer.FactorFile | None = None,
 ) -> OffsetState:
     """Chooses the ranks, with a budget, and solves all leaves in closed form."""
     if budget is not None:
-        sizes = (weights, leaf_weights, roots, budget, sharing, solver_options)
+        sizes = (leaf_weights, roots, budget, sharing, weights, solver_options)
         spend = partial(_spend, experts, merged, plans, *sizes)
         plans = spend() if factors is None else _noted_ranks(factors, plans, spend)
     given = {**solver_options, "task_weights": weights, "roots": roots, "file": factors}
@@ -266,11 +266,11 @@ def _spend(
     experts: ExpertSet,
     merged: Params,
     plans: dict[str, LeafPlan],
-    weights: np.ndarray,
     leaf_weights: Mapping[str, float],
     roots: Mapping[str, Array],
     budget: float,
     sharing: budgets.Sharing,
+    weights: np.ndarray,
     solver_options: Mapping[str, Any],
 ) -> dict[str, LeafPlan]:
     total = _bytes_for_ranks(experts, plans, tree.param_bytes(merged), budget, solver_options)
