@@ -57,6 +57,7 @@ def test_tiny_experiment_can_run(world):
         ("offsets.budget", 2.0, "offsets.budget: got 2.0, which is in bytes, expected 0.0924"),
         ("offsets.task_weights", "size", "offsets: task_weights: got 'size'"),
         ("offsets.exact.bits", 5, "offsets.exact: bits: got 5"),
+        ("offsets.leaf_weights", "fisher", "offsets: leaf_weights: got 'fisher' without a budget"),
         ("offsets.solver", "sgd", "offsets.solver: got 'sgd', expected 'exact' or 'adam'"),
         ("offsets.exact.precison", "float64", "offsets.exact.precison: unknown"),
         ("offsets.exact.file", "factors.safetensors", "offsets.exact.file: unknown"),
@@ -138,7 +139,7 @@ def test_options_of_methods_are_tried(world, method, options, said):
 def test_sizes_that_suit_the_model_pass(world):
     further = [
         ["retex", {"budget": 0.01, "bits": 3, "sharing": "auto", "task_weights": "energy"}],
-        ["retex", {"budget": 0.01, "task_weights": "divergence"}],
+        ["retex", {"budget": 0.01, "task_weights": "divergence", "leaf_weights": "fisher"}],
         ["retex", {"form": "factorized", "rank": 8, "task_rank": 2}],
         ["retex", {"rank": 3}, {"shrinkage": [1.0, 0.1]}],
         ["retex", {"rank": 3, "solver": "adam", "steps": 20, "warmup_steps": 2}],

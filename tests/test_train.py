@@ -451,12 +451,18 @@ def test_one_task(run, tmp_path):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("task_weights", ["energy", "divergence"])
-def test_a_budget_instead_of_a_rank(task_weights, run, tmp_path):
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"task_weights": "energy"},
+        {"task_weights": "divergence", "leaf_weights": "fisher"},
+    ],
+)
+def test_a_budget_instead_of_a_rank(weights, run, tmp_path):
     config = tiny.get_config()
     config.baselines = {"weight_average": {}}
     config.offsets.extra_ranks = ()
-    config.offsets.update(budget=0.3, sharing="auto", orientation="auto", task_weights=task_weights)
+    config.offsets.update(budget=0.3, sharing="auto", orientation="auto", **weights)
     config.offsets.exact.update(bits=4, vector_bits=8)
     with tiny.world(run.cache):
         results = train.train(config, tmp_path)
