@@ -91,8 +91,9 @@ def percent(fraction: float) -> str:
 
 
 def told_source(path: str, commits: Iterable[str]) -> str:
-    """A file, and the commits that its rows were made with."""
-    return f"`{path}` (commits {', '.join(f'`{commit}`' for commit in dict.fromkeys(commits))})"
+    """A file, and the commits that its rows were made with; a row of several seeds may name several."""
+    different = dict.fromkeys(one for commit in commits for one in commit.split(", "))
+    return f"`{path}` (commits {', '.join(f'`{commit}`' for commit in different)})"
 
 
 def demo() -> str:

@@ -209,12 +209,17 @@ def over_experts(repeats: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
       repeats: the seed of the experts to the content of results.json.
 
     Returns:
-      The means, as `evaluate.over_seeds` has them, of the rows that all have, without their searches, which
-      choose for each seed; "expert_seeds" are the seeds, and "failed" tells them.
+      The means, as `evaluate.over_seeds` has them, of the rows that all have, with the commits of all, without their
+      searches, which choose for each seed; "expert_seeds" are the seeds, and "failed" tells them.
     """
     first = next(iter(repeats.values()))
     by_entry = [{row["entry"]: row for row in results["rows"]} for results in repeats.values()]
     shared = [name for name in by_entry[0] if all(name in rows for rows in by_entry)]
+
+    def over_seeds(name: str) -> dict[str, Any]:
+        found = [rows[name] for rows in by_entry]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+        return {**evaluate.over_seeds(found, list(repeats)), "commit": commits}
 
     def mean(name: str) -> dict[str, float]:
         return {
@@ -230,9 +235,7 @@ def over_experts(repeats: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "expert_seeds": list(repeats),
         "individual": mean("individual"),
         "linear_probe": mean("linear_probe"),
-        "rows": [
-            evaluate.over_seeds([rows[name] for rows in by_entry], list(repeats)) for name in shared
-        ],
+        "rows": [over_seeds(name) for name in shared],
         "searches": {},
         "failed": {
             f"seed {seed}: {name}": error

@@ -585,7 +585,7 @@ def test_experts_of_several_seeds(tmp_path_factory, tmp_path, capsys):
 def test_rows_that_not_all_seeds_have_are_left_out():
     def results(seed, *names):
         rows = [
-            {"entry": name, "accuracy": {"a": 0.5}, "peak_rss_bytes": 1}
+            {"entry": name, "accuracy": {"a": 0.5}, "peak_rss_bytes": 1, "commit": f"made {seed}"}
             | dict.fromkeys(
                 ("normalized_accuracy", "worst_normalized_accuracy", "accuracy_ratio", "adr"), seed
             )
@@ -605,6 +605,7 @@ def test_rows_that_not_all_seeds_have_are_left_out():
     merged = compare.over_experts({0: results(0, "ties", "emr"), 3: results(3, "ties")})
     assert [row["entry"] for row in merged["rows"]] == ["ties"]
     assert merged["rows"][0]["normalized_accuracies"] == [0, 3]
+    assert merged["rows"][0]["commit"] == "made 0, made 3"
     assert merged["failed"] == {"seed 3: emr": "KeyError"}
     assert merged["seconds"] == {"fit": 4.0}
 
