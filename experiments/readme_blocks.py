@@ -226,10 +226,15 @@ def weights() -> str:
 
 def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
     results = read(results_path(name))
+    sizes = [
+        size
+        for below, size in zip((0, *SIZES), SIZES, strict=False)
+        if any(below < found["amr"] <= size for found in results["rows"])
+    ]
     rows, above = [], []
     for label, pattern in families.items():
         family = [found for found in results["rows"] if re.fullmatch(pattern, found["entry"])]
-        fitting = [[found for found in family if found["amr"] <= size] for size in SIZES]
+        fitting = [[found for found in family if found["amr"] <= size] for size in sizes]
         if any(fitting):
             rows.append([label, *(_best(found) if found else "" for found in fitting)])
         else:
@@ -245,7 +250,7 @@ def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
         f"Weight Averaging, which stores nothing: {_best(average)}." if average else "",
         f"From {source}.",
     ]
-    header = [f"`{name}`", *(percent(size) for size in SIZES)]
+    header = [f"`{name}`", *(percent(size) for size in sizes)]
     return f"{table(header, rows)}\n\n{' '.join(filter(None, told))}"
 
 
