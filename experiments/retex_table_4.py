@@ -93,7 +93,7 @@ def recovered(
 ) -> tuple[Passes, dict[str, Any]]:
     """A plain pass and ReTeX's ways to take one; and ReTeX's row, with the backbone routed."""
     model, size, key = few.model, few.batch_size, bench.key(0)
-    state = fit_offsets(bench.settings, bench.collected, key)
+    state = fit_offsets(bench.settings, bench.collected, key, bench.calibrations["train"])
     identifier, _ = identification.obtain(bench.settings, model, state, bench.suite.tasks, key)
     recoverer = recovery.Recoverer(model, state, max_batch=size)
 
