@@ -4,8 +4,7 @@
 
 Leaves by the Fisher information of the experts on 32 unlabelled training inputs a task; at a quarter of a percent
 tasks as well, by the divergence of their predictions on 256. On experts of three seeds of configs/minilm_text8.py; the
-table has means, and the figure 95% intervals. Hardware: two CPU cores; a quarter of an hour a seed once the experts are
-there.
+table has means, and the figure 95% intervals. Hardware: two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@ tables of the package. `BLOCKS` has the tables by name.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -228,7 +229,7 @@ def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
     results = read(results_path(name))
     sizes = [
         size
-        for below, size in zip((0, *SIZES), SIZES, strict=False)
+        for below, size in itertools.pairwise((0, *SIZES))
         if any(below < found["amr"] <= size for found in results["rows"])
     ]
     rows, above = [], []
@@ -257,9 +258,7 @@ def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
 def _best(found: Sequence[dict[str, Any]]) -> str:
     best = max(found, key=lambda row: row["normalized_accuracy"])
     score, worst = best["normalized_accuracy"], best["worst_normalized_accuracy"]
-    half_width = best["normalized_accuracy_interval"]
-    interval = "" if half_width is None else f" ± {half_width:.4f}"
-    return f"{score:.4f}{interval} ({worst:.3f})"
+    return f"{score:.4f} ± {best['normalized_accuracy_interval']:.4f} ({worst:.3f})"
 
 
 def findings() -> str:

@@ -76,6 +76,11 @@ def require_linear_inputs(calibration: Calibration, method: str) -> LinearInputs
     return calibration.linear_inputs
 
 
+def logits_of(calibration: Calibration, task: int) -> Callable[[Params, Batch], jax.Array]:
+    """The model with one task's head: (params, batch) -> logits, [B, C_t], float32."""
+    return lambda params, batch: calibration.logits(params, task, batch)
+
+
 def gram(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """X^T X, and the number of rows that are not entirely zero.
 

@@ -274,12 +274,17 @@ def test_tasks_are_held_out_as_set(identified):
     assert found[1]["auroc"] > 0.9
 
 
-@pytest.mark.parametrize(("task_weights", "needed"), [("energy", False), ("divergence", True)])
-def test_offsets_are_given_the_inputs_that_they_need(
-    task_weights, needed, run, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"task_weights": "energy"}, False),
+        ({"task_weights": "divergence"}, True),
+        ({"budget": 0.3, "leaf_weights": "fisher"}, True),
+    ],
+)
+def test_offsets_are_given_the_inputs_that_they_need(options, needed, run, tmp_path, monkeypatch):
     config = tiny.get_config()
-    config.offsets.task_weights = task_weights
+    config.offsets.update(options)
     given = []
 
     def stop(*_, calibration, **options):

@@ -136,24 +136,6 @@ def test_it_is_the_fit_with_the_weights_that_it_finds(monkeypatch):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_a_killed_fit_keeps_its_weights(tmp_path, monkeypatch):
-    made = expert_set(*linear_experts())
-    options = {**BUDGET, "task_weights": "divergence", "calibration": calibration(inputs())}
-    whole = RETEX.fit(made, **options)
-    path = tmp_path / "offsets.safetensors"
-
-    def stop(done, total):
-        if done == total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        RETEX.fit(made, **options, file=path, resume="these", progress=stop)
-    monkeypatch.setattr(weighting, "by_divergence", lambda *_: pytest.fail("sought again"))
-    resumed = RETEX.fit(made, **options, file=path, resume="these")
-    for mine, theirs in zip(recovered(whole), recovered(resumed), strict=True):
-        np.testing.assert_array_equal(mine["w/kernel"], theirs["w/kernel"])
-
-
 @pytest.mark.parametrize("orientation", ["right", "auto"])
 def test_with_errors_that_are_weighed_by_inputs(orientation):
     made, examples = expert_set(*linear_experts()), inputs()
@@ -176,6 +158,31 @@ def test_what_is_recovered_exactly_keeps_its_weight():
     assert np.mean(found**2) == pytest.approx(1)
     assert found[1] / found[2] > weights[1] / weights[2]
     np.testing.assert_array_equal(weighting.updated(weights, np.zeros(3), np.ones(3)), weights)
+
+
+def test_regressions_lose_their_squared_errors():
+    """A head of one output has no probabilities: their logarithms are 0 whatever it says."""
+    rng = np.random.default_rng(3)
+    pretrained = {"w/kernel": rng.normal(size=(WIDTH, 6)).astype("f4")}
+    experts = [
+        {"w/kernel": (pretrained["w/kernel"] + 0.3 * rng.normal(size=(WIDTH, 6))).astype("f4")}
+        for _ in range(2)
+    ]
+
+    def logits(params, task, batch):
+        found = batch["x"] @ params["w"]["kernel"]
+        return found if task else 20 * found[:, :1]
+
+    plain = calibration(inputs()[:2])
+    given, solved = Calibration(plain.batches, plain.features, logits), []
+
+    def solve(weights, number):
+        solved.append(weights)
+        return lambda task: {"w": {"kernel": experts[task]["w/kernel"] + 0.1}}
+
+    weighting.by_divergence(expert_set(pretrained, experts), given, np.ones(2), solve)
+    assert solved[1][0] > 1 > solved[1][1]
+    assert weighting.divergence(np.array([[1.0], [2.0]]), np.array([[3.0], [2.0]])) == 1.0
 
 
 def test_one_expert():
@@ -219,7 +226,7 @@ def test_errors_count_by_their_leaf_and_integers_not_at_all():
     expert = {"a": np.array([3, 4]), "v": np.ones(2, "f4"), "w": np.array([1, 2], "f4")}
     other = {"a": np.array([0, 0]), "v": np.zeros(2, "f4"), "w": np.array([1, 4], "f4")}
     assert not tree.is_float(expert["a"].dtype)
-    assert weighting._squared_error(expert, other, {"w": 0.5}) == 2 + 0.25 * 4
+    assert weighting.squared_error(expert, other, {"w": 0.5}) == 2 + 0.25 * 4
 
 
 # Leaves by how far the predictions depend on them
@@ -304,7 +311,21 @@ def test_bytes_go_where_predictions_depend_on_them():
     assert errors["fisher"] < 0.7 * errors["equal"]
 
 
-def test_both_weights_together_and_again_from_a_file(tmp_path, monkeypatch):
+def test_both_weights_together(monkeypatch):
+    """Errors of tasks count with the leaves' weights, as the solver has them."""
+    given, real = [], weighting.by_divergence
+
+    def spied(experts, calibration, first, solve, leaf_weights):
+        given.append(leaf_weights)
+        return real(experts, calibration, first, solve, leaf_weights)
+
+    monkeypatch.setattr(weighting, "by_divergence", spied)
+    made, inputs_ = expert_set(*experts_of_leaves()), sum_of_layers(inputs())
+    RETEX.fit(made, **BUDGET, task_weights="divergence", leaf_weights="fisher", calibration=inputs_)
+    assert given == [weighting.by_fisher(made, inputs_, list(made.float_leaves))]
+
+
+def test_a_killed_fit_keeps_its_weights(tmp_path, monkeypatch):
     made = expert_set(*experts_of_leaves())
     options = {
         **BUDGET, "task_weights": "divergence", "leaf_weights": "fisher",

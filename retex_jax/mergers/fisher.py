@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration, require
+from retex_jax.calibration import Calibration, logits_of, require
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.average import average
 from retex_jax.mergers.consensus import per_task
@@ -242,7 +242,7 @@ def fit(
     for task, expert in enumerate(experts.names):
         params = experts.expert_params(task)
         fisher = fisher_diagonal(
-            _of_task(calibration, task),
+            logits_of(calibration, task),
             params,
             calibration.batches[task],
             variant=variant,
@@ -269,10 +269,6 @@ def fit(
         return jnp.where(total > 0, numerators.pop(name) / jnp.where(total > 0, total, 1.0), mean)
 
     return merge_leaves(experts, merge_leaf)
-
-
-def _of_task(calibration: Calibration, task: int) -> Logits:
-    return lambda params, batch: calibration.logits(params, task, batch)
 
 
 def _norm(fisher: dict[str, jax.Array], expert: str) -> float:

@@ -73,7 +73,7 @@ def solver_function(form: str, solver: str, d_emb: int | None) -> Callable[..., 
 def needing_data(task_weights: Any, leaf_weights: str, shrinkage: float) -> list[str]:
     """What needs inputs of every task, in words; it may be nothing."""
     is_used = {
-        weighting.NAME: weighting.needs_data(task_weights),
+        weighting.TASK_NAME: weighting.needs_data(task_weights),
         weighting.LEAF_NAME: leaf_weights == "fisher",
         activations.NAME: shrinkage < 1,
     }

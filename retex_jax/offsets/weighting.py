@@ -2,7 +2,8 @@
 
 Tasks: by energy every task's error counts relative to its own offset. But equal relative errors of parameters leave the
 predictions of one task as they were, and change those of another. What should be small is the sum over tasks of K_t,
-the mean Kullback-Leibler divergence of the recovered expert's predictions from the expert's own on inputs of task t.
+the mean Kullback-Leibler divergence of the recovered expert's predictions from the expert's own on inputs of task t
+(of a head with one output, a regression: under Gaussians of unit variance).
 The solvers minimise sum_t w_t^2 E_t, of squared errors E_t; both are stationary at the same point where w_t^2 is in
 proportion to dK_t / dE_t, and if all K_t grow by one power of E_t, that is K_t / E_t. Such weights are found by
 iterating, from those by energy. As K_t falls steeply with w_t a whole step overshoots: weights go a part of the way,
@@ -10,39 +11,39 @@ in logarithms, and the round of the least sum is taken.
 
 Leaves: for small errors K_t is half the sum over a leaf's entries of F_t times the squared error, with F_t the
 expert's Fisher information (arXiv:2111.09832, section 3). Of F_t its mean over the leaf is taken, relative to the
-mean over the model, and of these the mean over tasks. The errors of small budgets are far beyond where that holds, and
-the differences between leaves smaller than it says, so squared errors count by its square root.
+mean over all of the leaves, and of these the mean over tasks. The errors of small budgets are far beyond where that
+holds, and the differences between leaves smaller than it says, so squared errors count by its square root.
 
-Numerics: logits and gradients in float32 (of the calibration's model); divergences, errors and weights in float64.
+Numerics: logits, gradients and squared errors in float32; divergences and weights in float64.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration
+from retex_jax.calibration import Calibration, logits_of
 from retex_jax.experts import ExpertSet
-from retex_jax.mergers.fisher import fisher_diagonal
+from retex_jax.mergers.fisher import fisher_diagonal, log_likelihoods
 from retex_jax.offsets import differences
-from retex_jax.typing import Batch, Params
+from retex_jax.typing import Batch, FlatParams, Params
 
 Rule = Literal["equal", "energy", "divergence"]
 
-NAME = "retex with task_weights = 'divergence'"
-
 LeafRule = Literal["equal", "fisher"]
+
+TASK_NAME = "retex with task_weights = 'divergence'"
+
+LEAF_NAME = "retex with leaf_weights = 'fisher'"
 
 ROUNDS = 3
 """Fits that `by_divergence` tries."""
 
 NUM_INPUTS = 32
 """Of a task, that `by_fisher` takes at least."""
-
-LEAF_NAME = "retex with leaf_weights = 'fisher'"
 
 _STEP = 0.4
 
@@ -111,7 +112,7 @@ def by_divergence(
         for task in tasks:
             params = recover(task)
             losses[task] = divergence(own[task], predictions(params, task))
-            errors[task] = _squared_error(experts.expert_params(task), params, leaf_weights or {})
+            errors[task] = squared_error(experts.expert_params(task), params, leaf_weights or {})
         tried.append((float(losses.sum()), weights))
         weights = updated(weights, losses, errors)
     return min(tried, key=lambda one: one[0])[1]
@@ -128,8 +129,8 @@ def by_fisher(
       names: of the leaves.
 
     Returns:
-      Leaf name to its weight, of which most are near 1; 1 where the predictions of all experts depend on
-      nothing.
+      Leaf name to its weight; the mean of their fourth powers over all entries is 1. All are 1 where the
+      predictions of all experts depend on nothing.
 
     Raises:
       ValueError: if an expert's Fisher information is not finite.
@@ -137,21 +138,19 @@ def by_fisher(
     total = dict.fromkeys(names, 0.0)
     for task in range(experts.num_tasks):
         own = fisher_diagonal(
-            partial(_logits, calibration, task),
+            logits_of(calibration, task),
             experts.expert_params(task),
             _first(calibration.batches[task], NUM_INPUTS),
             variant="batch_sum",
         )
-        sums = {name: float(np.sum(np.asarray(own[name], np.float64))) for name in names}
-        size = sum(own[name].size for name in names)
-        mean = sum(sums.values()) / size
+        means = {name: float(x) for name, x in _means({name: own[name] for name in names}).items()}
+        mean = np.average(list(means.values()), weights=[own[name].size for name in names])
         if not np.isfinite(mean):
             raise ValueError(
                 f"{experts.names[task]}: its Fisher information has values that are NaN or Inf"
             )
         for name in names:
-            relative = sums[name] / own[name].size / mean if mean > 0 else 1.0
-            total[name] += relative / experts.num_tasks
+            total[name] += (means[name] / mean if mean > 0 else 1.0) / experts.num_tasks
     return {name: value**0.25 for name, value in total.items()}
 
 
@@ -159,12 +158,14 @@ def divergence(own: np.ndarray, recovered: np.ndarray) -> float:
     """The mean Kullback-Leibler divergence of predictions from the expert's own.
 
     Args:
-      own: of the expert, logarithms of probabilities, [N, C].
+      own: of the expert, logarithms of probabilities, [N, C]; of a regression its outputs, [N, 1].
       recovered: of the recovered expert, alike.
 
     Returns:
       In nats.
     """
+    if own.shape[-1] == 1:
+        return float(np.mean((own - recovered) ** 2) / 2)
     return float(np.mean(np.sum(np.exp(own) * (own - recovered), axis=-1)))
 
 
@@ -188,6 +189,24 @@ def updated(weights: np.ndarray, losses: np.ndarray, errors: np.ndarray) -> np.n
     return _normalized(np.where(known, moved, weights))
 
 
+@jax.jit
+def squared_error(
+    expert: Params, recovered: Params, leaf_weights: Mapping[str, float]
+) -> jax.Array:
+    """E_t: the squares of all float leaves' errors, each leaf's times the square of its weight, or of 1; float32."""
+    others, total = tree.flatten(recovered), jnp.zeros(())
+    for name, leaf in tree.flatten(expert).items():
+        if tree.is_float(leaf.dtype):
+            error = jnp.asarray(leaf, jnp.float32) - jnp.asarray(others[name], jnp.float32)
+            total += leaf_weights.get(name, 1.0) ** 2 * jnp.sum(error**2)
+    return total
+
+
+@jax.jit
+def _means(leaves: FlatParams) -> dict[str, jax.Array]:
+    return {name: jnp.mean(leaf) for name, leaf in leaves.items()}
+
+
 def _inverse_norms(experts: ExpertSet, merged: Params) -> np.ndarray:
     base, energies = tree.flatten(merged), np.zeros(experts.num_tasks)
     for name in experts.float_leaves:
@@ -203,10 +222,6 @@ def _normalized(values: np.ndarray) -> np.ndarray:
     return values / np.sqrt(np.mean(values**2))
 
 
-def _logits(calibration: Calibration, task: int, params: Params, batch: Batch) -> jax.Array:
-    return calibration.logits(params, task, batch)
-
-
 def _first(batches: Iterable[Batch], num_inputs: int) -> Iterator[Batch]:
     """The first batches that have so many inputs between them, or all."""
     count = 0
@@ -218,11 +233,11 @@ def _first(batches: Iterable[Batch], num_inputs: int) -> Iterator[Batch]:
 
 
 def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray]:
-    """(params, task) -> logarithms of probabilities of all of the task's inputs, [N, C_t], float64."""
+    """(params, task) -> what `divergence` takes of all of the task's inputs, [N, C_t], float64."""
 
     @jax.jit(static_argnums=1)
     def of_batch(params: Params, task: int, batch: Batch) -> jax.Array:
-        return jax.nn.log_softmax(calibration.logits(params, task, batch))
+        return log_likelihoods(logits_of(calibration, task)(params, batch))
 
     def predictions(params: Params, task: int) -> np.ndarray:
         params = jax.device_put(params)
@@ -230,12 +245,3 @@ def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray
         return np.concatenate(found).astype(np.float64)
 
     return predictions
-
-
-def _squared_error(expert: Params, recovered: Params, leaf_weights: Mapping[str, float]) -> float:
-    others, total = tree.flatten(recovered), 0.0
-    for name, leaf in tree.flatten(expert).items():
-        if tree.is_float(leaf.dtype):
-            error = np.asarray(leaf, np.float64) - np.asarray(others[name], np.float64)
-            total += leaf_weights.get(name, 1.0) ** 2 * float(np.sum(error**2))
-    return total
