@@ -5,6 +5,7 @@ The public names. Each is imported when it is first asked for, so that the proce
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from retex_jax.serving import Recovered
 
 __version__ = "0.1.0"
+
+# After each call OpenBLAS' threads wait for the next for 2^26 cycles, on cores that XLA needs meanwhile; it reads this
+# when NumPy and SciPy are loaded. 2^14 cycles are enough between the calls of one factorisation.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "14")
 
 __all__ = [
     "METHODS",

@@ -277,6 +277,17 @@ def test_a_new_module_must_be_given_a_layer(monkeypatch, tmp_path):
     assert violations("retex_jax.novelty", "") == ["retex_jax.novelty: 'novelty' is in no layer"]
 
 
+@pytest.mark.parametrize(("own", "used"), [(None, "14"), ("20", "20")])
+def test_openblas_threads_wait_no_longer_than_asked(monkeypatch, own, used):
+    if own is None:
+        monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")  # of this process' own import
+    else:
+        monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", own)
+    code = "import sys, retex_jax, os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'], 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [used, "False"]  # before NumPy reads it
+
+
 def test_importing_the_package_starts_no_backend():
     script = """
 import retex_jax, jax

@@ -59,7 +59,7 @@ def test_a_gram_matrix_is_summed_beside_little():
     offsets, probes = jax.ShapeDtypeStruct((8, 768, 3072), jnp.float32), eigen.probes(3072)
     with jax.enable_x64(True):
         memory = certified._products.lower(offsets, probes, "float32").compile().memory_analysis()
-    # All strips together are 7/12 of the matrix: they are not held twice, as sums and as products.
+    # All blocks together are 5/8 of the matrix: they are not held twice, as sums and as products.
     assert memory.temp_size_in_bytes < 7 / 12 * 4 * 3072**2
 
 

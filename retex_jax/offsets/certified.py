@@ -11,7 +11,7 @@ tried in float64, and then all eigenvectors are computed by the caller.
 `solve_parts` does the same with a few tasks at a time: float32 products of some tasks, whose sums are in float64.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -30,17 +30,18 @@ TOLERANCE = 5e-5
 _FLOOR = {"float32": 1e-2, "float64": 1e-9}
 # Where an offset is of lower rank than r, its residual is rounding of the stored factors, and no bound is needed.
 _ROUNDING = 1e-11
-_STRIPS = 6
+# Blocks in a row of a Gram matrix: products of blocks on and above the diagonal are near the peak, and the fewest.
+_BLOCKS = 4
 # Sides of a Gram matrix: below float64 costs nothing, above the matrix itself costs too much.
 _LEAST_SIDE = 512
 _MOST_SIDE = 8192
 # Products of a Gram matrix of parts below which float64 costs nothing.
 _LEAST_PRODUCTS = 1 << 32
-# A Gram matrix below this side is computed whole.
-_LEAST_STRIPPED = 1024
 # The mean square of an entry whose float32 products neither vanish nor overflow.
 _SQUARES = (1e-25, 1e25)
 
+Blocks = list[list[jax.Array]]
+"""Of a Gram matrix: row i has those from the diagonal on, i, i + 1, ..."""
 
 Weighted = Callable[[], Iterator[tuple[range, jax.Array, np.ndarray]]]
 """A pass over the tasks: some of them, their offsets [c, a, b] and their weights [c], float32."""
@@ -110,7 +111,7 @@ def _solve(read: Callable[[], jax.Array], rank: int, dtype: str) -> Certified | 
     energy = float(sums.energy)
     if not _SQUARES[0] < energy / size < _SQUARES[1]:
         return None
-    gram, error = jax.block_until_ready(_gram(sums.strips, sums.exact, probes))
+    gram, error = jax.block_until_ready(_gram(sums.blocks, sums.exact, probes))
     del sums
     give_back_freed()
     found = eigen.leading(gram, rank, TOLERANCE)
@@ -145,9 +146,8 @@ def solve_parts(
         energy = float(sums.energy)
         if not _SQUARES[0] < energy / size < _SQUARES[1]:
             return None
-        gram, error = _gram(
-            [strip.astype(jnp.float32) for strip in sums.strips], sums.exact, probes
-        )
+        blocks = jax.tree.map(lambda block: block.astype(jnp.float32), sums.blocks)
+        gram, error = _gram(blocks, sums.exact, probes)
         del sums
         found = eigen.leading(jax.block_until_ready(gram), rank, TOLERANCE)
         if found is None:
@@ -229,42 +229,53 @@ class _Sums(NamedTuple):
     """Over tasks.
 
     Attributes:
-      strips: what of C is on and above the diagonal, in strips of rows.
+      blocks: of C, those on and above the diagonal.
       exact: C's products with `eigen.probes`, [n, k], float64.
       energy: the sum of squares, float64.
     """
 
-    strips: list[jax.Array]
+    blocks: Blocks
     exact: jax.Array
     energy: jax.Array
 
 
-def _starts(columns: int) -> Sequence[int]:
-    """Where the strips of a Gram matrix of parts start."""
-    return range(0, columns, columns if columns < _LEAST_STRIPPED else -(-columns // _STRIPS))
-
-
 def _no_sums(columns: int) -> _Sums:
-    starts = _starts(columns)
-    ends = [*starts[1:], columns]
-    strips = [
-        jnp.zeros((end - start, columns - start)) for start, end in zip(starts, ends, strict=True)
+    return _Sums(_no_blocks(columns, "float64"), jnp.zeros((columns, eigen.PROBES)), jnp.zeros(()))
+
+
+def _cuts(columns: int) -> list[slice]:
+    """Of the columns, into blocks."""
+    height = -(-columns // _BLOCKS)
+    return [slice(i, min(i + height, columns)) for i in range(0, columns, height)]
+
+
+def _no_blocks(columns: int, dtype: str) -> Blocks:
+    sizes = [cut.stop - cut.start for cut in _cuts(columns)]
+    return [
+        [jnp.zeros((size, other), dtype) for other in sizes[row:]] for row, size in enumerate(sizes)
     ]
-    return _Sums(strips, jnp.zeros((columns, eigen.PROBES)), jnp.zeros(()))
+
+
+def _blocks(parts: jax.Array, dtype: str) -> Blocks:
+    """The sum of the Gram matrices of some parts, [k, N / k, n]."""
+    cuts = _cuts(parts.shape[2])
+
+    def row(first: int, nothing: list[jax.Array]) -> list[jax.Array]:
+        def add(index: int, sums: list[jax.Array]) -> list[jax.Array]:
+            own = [parts[index, :, cut].astype(dtype) for cut in cuts[first:]]
+            return [total + own[0].T @ right for total, right in zip(sums, own, strict=True)]
+
+        return jax.lax.fori_loop(0, len(parts), add, nothing)
+
+    return [row(first, own) for first, own in enumerate(_no_blocks(parts.shape[2], dtype))]
 
 
 @partial(jax.jit, donate_argnames="sums")
 def _add_products(sums: _Sums, offsets: jax.Array, probes: jax.Array) -> _Sums:
     """Adds some tasks' float32 products, and products with `eigen.probes` and squares in float64."""
-    columns = offsets.shape[-1]
-    stack = offsets.reshape(-1, columns)
-    starts = _starts(columns)
-    ends = [*starts[1:], columns]
-    strips = [
-        strip + (stack[:, start:end].T @ stack[:, start:]).astype(jnp.float64)
-        for strip, start, end in zip(sums.strips, starts, ends, strict=True)
-    ]
-    return _Sums(strips, *_add_exact((sums.exact, sums.energy), stack, probes))
+    blocks = jax.tree.map(jnp.add, sums.blocks, _blocks(offsets, "float32"))
+    stack = offsets.reshape(-1, offsets.shape[-1])
+    return _Sums(blocks, *_add_exact((sums.exact, sums.energy), stack, probes))
 
 
 def _scale(values: jax.Array, weights: np.ndarray) -> jax.Array:
@@ -274,23 +285,11 @@ def _scale(values: jax.Array, weights: np.ndarray) -> jax.Array:
 
 @partial(jax.jit, static_argnames="dtype")
 def _products(offsets: jax.Array, probes: jax.Array, dtype: str) -> _Sums:
-    """The sums of all tasks; strips of this dtype."""
+    """The sums of all tasks; blocks of this dtype."""
     parts = _parts(offsets)
-    columns = parts.shape[2]
-    height = -(-columns // _STRIPS)
-
-    def strip(start: int) -> jax.Array:
-        size = min(height, columns - start)
-
-        def add(index: int, sums: jax.Array) -> jax.Array:
-            own = parts[index, :, start:].astype(dtype)
-            return sums + own[:, :size].T @ own
-
-        return jax.lax.fori_loop(0, len(parts), add, jnp.zeros((size, columns - start), dtype))
-
     nothing = jnp.zeros(probes.shape), jnp.zeros(())
-    exact = _add_exact(nothing, parts.reshape(-1, columns), probes)
-    return _Sums([strip(start) for start in range(0, columns, height)], *exact)
+    exact = _add_exact(nothing, parts.reshape(-1, parts.shape[2]), probes)
+    return _Sums(_blocks(parts, dtype), *exact)
 
 
 def _add_exact(
@@ -306,19 +305,16 @@ def _add_exact(
 
 
 @jax.jit
-def _gram(
-    strips: list[jax.Array], exact: jax.Array, probes: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _gram(blocks: Blocks, exact: jax.Array, probes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """C, [n, n], and a bound of the Frobenius norm of its error."""
-    columns, start = strips[0].shape[1], 0
-    gram = jnp.zeros((columns, columns), strips[0].dtype)
-    for strip in strips:  # each written in its place: no second matrix is held
-        height = len(strip)
-        own = strip[:, :height]
-        below = jnp.vstack([(own + own.T) / 2, strip[:, height:].T])
-        gram = gram.at[start : start + height, start:].set(strip)
-        gram = gram.at[start:, start : start + height].set(below)
-        start += height
+    cuts = _cuts(len(exact))
+    gram = jnp.zeros((len(exact), len(exact)), blocks[0][0].dtype)
+    for row, own in enumerate(blocks):  # each written in its place: no second matrix is held
+        for column, block in enumerate(own, row):
+            if column == row:
+                block = (block + block.T) / 2
+            gram = gram.at[cuts[row], cuts[column]].set(block)
+            gram = gram.at[cuts[column], cuts[row]].set(block.T)
     return gram, eigen.norm_bound(eigen.multiply(gram, probes) - exact)
 
 
