@@ -1,6 +1,7 @@
 """The experts of an experiment, wherever they come from, with their heads and accuracies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from retex_jax import (
     data,
     experiment,
+    files,
     finetune,
     huggingface,
     models,
@@ -49,6 +51,26 @@ def collect(
     """
     obtain = _open if experiment.from_snapshots(settings) else _finetune
     return obtain(settings, backbone, tasks)
+
+
+def check_kept(path: Path, individual: Mapping[str, float]) -> None:
+    """Checks that rows that an earlier run left are of these experts; of those of before this was noted it is believed.
+
+    Args:
+      path: of results.json.
+      individual: the experts' accuracies, by task.
+
+    Raises:
+      ValueError: if they are relative to other experts, as another machine may make them of the same settings.
+    """
+    known = files.read_json(path).get("individual", {})
+    other = {task: own for task, own in known.items() if own != individual.get(task, own)}
+    if other:
+        here = {task: individual[task] for task in other}
+        raise ValueError(
+            f"{path}: got rows relative to experts of accuracies {other}, expected those of the experts here, {here}: "
+            "another machine or version made others of the same settings. Give another --workdir, or remove the file"
+        )
 
 
 def _finetune(

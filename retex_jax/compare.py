@@ -123,7 +123,7 @@ def compare(
       The content of results.json; "failed" holds what went wrong, by entry.
 
     Raises:
-      ValueError: if the settings cannot run, or every method failed.
+      ValueError: if the settings cannot run, rows that are there are of other experts, or every method failed.
       RuntimeError: if something cannot be downloaded, or another run uses the workdir.
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
@@ -155,25 +155,13 @@ def _compare(
             return results
         bench = _load(settings)
         if rows:
-            _tell_other_experts(path, bench.suite.individual)
+            collection.check_kept(path, bench.suite.individual)
         failed = _fit_all(bench, entries, rows, searches, path)
         if not rows:
             raise ValueError(f"methods: all failed: {failed}")
         results = _results(_about(bench), entries, rows, searches, failed)
         _report(workdir, settings, results)
     return results
-
-
-def _tell_other_experts(path: Path, individual: Mapping[str, float]) -> None:
-    """Warns if kept rows are of experts of other accuracies, as another machine may make them of the same settings."""
-    known = files.read_json(path).get("individual", {})
-    other = {task: own for task, own in known.items() if own != individual.get(task, own)}
-    if other:
-        here = {task: individual[task] for task in other}
-        logging.warning(
-            f"rows of {path} are relative to experts of accuracies {other}, those fitted now to {here}: the same "
-            "settings on another machine or with another version; without that file all rows are of one kind"
-        )
 
 
 def _load(settings: experiment.Settings) -> Bench:

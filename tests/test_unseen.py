@@ -526,6 +526,12 @@ def test_the_program_goes_on_where_it_was(tried, tmp_path, monkeypatch, capsys):
         config.unseen.splits = ()
         again = unseen.evaluate_unseen(config, tmp_path)
         assert not made and again["rows"] == results["rows"] and not again["others"]
+        other = {**again, "individual": dict.fromkeys(again["individual"], 0.5)}
+        path.write_text(json.dumps(other))  # as of another machine
+        with pytest.raises(ValueError, match=r"relative to experts of accuracies .*: 0\.5"):
+            unseen.evaluate_unseen(config, tmp_path)
+        assert json.loads(path.read_text()) == other
+        path.write_text(json.dumps(again))
     captured = capsys.readouterr()
     assert f"kept {len(names)} rows" in captured.err and "no text tower is at hand" in captured.err
     assert (

@@ -70,7 +70,8 @@ def evaluate_unseen(config: ml_collections.ConfigDict, workdir: str | Path) -> d
       The content of results.json; "failed" holds what went wrong, by split and rule.
 
     Raises:
-      ValueError: if the settings cannot run, all problems being listed, or no rule is there for all splits.
+      ValueError: if the settings cannot run, all problems being listed, rows that are there are of other experts,
+        or no rule is there for all splits.
       RuntimeError: if something cannot be downloaded, or another run uses the workdir.
     """
     settings, workdir = command_line.as_dict(config), Path(workdir)
@@ -88,6 +89,8 @@ def evaluate_unseen(config: ml_collections.ConfigDict, workdir: str | Path) -> d
             logging.info("no text tower is at hand: rules with weights by class names are left out")
         rules = plan(settings, text=text)
         done = previous(workdir / _FILE, settings)
+        if done:
+            collection.check_kept(workdir / _FILE, collected.individual)
         failed: dict[str, str] = {}
         cases = [Case(settings, backbone, tasks, collected, unseen) for unseen in splits(settings)]
         for case in cases:
@@ -185,6 +188,7 @@ def _write(
         "seed": settings["seed"],
         "device": logging.device(),
         "tasks": list(settings["tasks"]),
+        "individual": cases[0].collected.individual,
         "rows": summaries({name: [found[name] for found in by_split] for name in names}),
         "splits": [
             {"name": case.name, "seen": case.seen, "unseen": case.unseen, "rows": found}
