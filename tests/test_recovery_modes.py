@@ -353,10 +353,11 @@ MAPPED = jax.vmap(grouped.task_product, (0, None, 0))
 @pytest.mark.parametrize("by", [grouped._loop, grouped._ragged, MAPPED, jax.jit(MAPPED)])
 @pytest.mark.parametrize("num_tasks", [1, 2, 8])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (1, 2, 5)])
-def test_grouped_products(by, num_tasks, shape):
+@pytest.mark.parametrize("size", [7, 8])  # pairs of inputs of one task and of two, or none
+def test_grouped_products(by, num_tasks, shape, size):
     rng = np.random.default_rng(0)
-    x, factor = rng.normal(size=(7, *shape)), rng.normal(size=(num_tasks, 5, 4))
-    tasks = np.sort(rng.integers(0, num_tasks, 7))
+    x, factor = rng.normal(size=(size, *shape)), rng.normal(size=(num_tasks, 5, 4))
+    tasks = np.sort(rng.integers(0, num_tasks, size))
     found = by(jnp.asarray(x, jnp.float32), jnp.asarray(factor, jnp.float32), jnp.asarray(tasks))
     want = np.einsum("n...i,nio->n...o", x, factor[tasks])
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
