@@ -107,6 +107,16 @@ def test_features_of_experts(run, features):
                 np.testing.assert_allclose(part[1][task][expert], want, rtol=1e-5, atol=1e-6)
 
 
+def test_identifiers_that_need_experts_get_those_that_are_recovered(run):
+    config = tiny.get_config()
+    config.identify.kinds, config.identify.calibration_sizes = "mahalanobis", ()
+    settings = command_line.as_dict(config)
+    (found,) = identify.extract(settings, run.backbone, run.tasks, run.released.state).values()
+    task = run.tasks[0]
+    want = recovery.run(run.backbone.model, recovered(run, 1), task.splits["test"], 32, layer=1)
+    np.testing.assert_allclose(found.test[1][0][1], want, rtol=1e-5, atol=1e-6)
+
+
 def first(task, split, count):
     return {"image": task.splits[split]["image"][:count]}
 

@@ -74,7 +74,7 @@ def identify(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
             inputs = collection.offset_calibration(settings, backbone, tasks, collected)
             state = fit_offsets(settings, collected, key, inputs)
         with clock("features"):
-            features = extract(settings, backbone, tasks, collected, state)
+            features = extract(settings, backbone, tasks, state)
         with clock("choose"):
             found = choose(settings, features, backbone.model.config.num_layers, key)
         with clock("identify"):
@@ -140,21 +140,20 @@ def extract(
     settings: experiment.Settings,
     backbone: Backbone,
     tasks: Sequence[data.Task],
-    collected: Collection,
     state: offsets.OffsetState,
 ) -> dict[bool, TaskFeatures]:
-    """Features by whether they are the experts' (only if an identifier needs them) or the merged model's."""
+    """Features by whether they are the recovered experts' (only if an identifier needs them) or the merged model's."""
     spec, num_layers = settings["identify"], backbone.model.config.num_layers
     count = max([settings["identifier"]["num_calibration"], *spec["calibration_sizes"]])
     needed = {IDENTIFIERS[kind].needs_experts for kind in experiment.identifier_kinds(spec)}
     features = {}
     for experts in sorted(needed):
-        model = "experts" if experts else "merged model"
+        model = "recovered experts" if experts else "merged model"
         total = task_features.num_inputs(tasks, count, experts=experts)
         with logging.progress(total, f"features of the {model}") as bar:
 
             def params(task: int, experts: bool = experts) -> Any:
-                return collected.experts.expert_params(task) if experts else state.merged
+                return offsets.recover(state, task) if experts else state.merged
 
             def show(done: int, _: int, bar: logging.Progress = bar) -> None:
                 bar.update(done)
