@@ -76,7 +76,7 @@ FAMILIES = {
     "EMR": r"emr.*",
 }
 
-WEIGHTS = ("dinov2_vision8_weights",)
+WEIGHTS = ("minilm_text8_weights", "dinov2_vision8_weights")
 
 # What is said of the weights of offsets by budget, and their entries.
 WEIGHTED = {
