@@ -30,7 +30,7 @@ TOLERANCE = 5e-5
 _FLOOR = {"float32": 1e-2, "float64": 1e-9}
 # Where an offset is of lower rank than r, its residual is rounding of the stored factors, and no bound is needed.
 _ROUNDING = 1e-11
-# Blocks in a row of a Gram matrix: products of blocks on and above the diagonal are near the peak, and the fewest.
+# In a row of a Gram matrix: with more, less is computed below the diagonal, but in products too small to be fast.
 _BLOCKS = 4
 # Sides of a Gram matrix: below float64 costs nothing, above the matrix itself costs too much.
 _LEAST_SIDE = 512
@@ -39,9 +39,6 @@ _MOST_SIDE = 8192
 _LEAST_PRODUCTS = 1 << 32
 # The mean square of an entry whose float32 products neither vanish nor overflow.
 _SQUARES = (1e-25, 1e25)
-
-Blocks = list[list[jax.Array]]
-"""Of a Gram matrix: row i has those from the diagonal on, i, i + 1, ..."""
 
 Weighted = Callable[[], Iterator[tuple[range, jax.Array, np.ndarray]]]
 """A pass over the tasks: some of them, their offsets [c, a, b] and their weights [c], float32."""
@@ -225,6 +222,10 @@ def _parts(offsets: jax.Array) -> jax.Array:
     return offsets.reshape(-1, columns).T[None]
 
 
+_Blocks = list[list[jax.Array]]
+"""Of a Gram matrix: row i has those from the diagonal on, i, i + 1, ..."""
+
+
 class _Sums(NamedTuple):
     """Over tasks.
 
@@ -234,7 +235,7 @@ class _Sums(NamedTuple):
       energy: the sum of squares, float64.
     """
 
-    blocks: Blocks
+    blocks: _Blocks
     exact: jax.Array
     energy: jax.Array
 
@@ -249,14 +250,14 @@ def _cuts(columns: int) -> list[slice]:
     return [slice(i, min(i + height, columns)) for i in range(0, columns, height)]
 
 
-def _no_blocks(columns: int, dtype: str) -> Blocks:
+def _no_blocks(columns: int, dtype: str) -> _Blocks:
     sizes = [cut.stop - cut.start for cut in _cuts(columns)]
     return [
         [jnp.zeros((size, other), dtype) for other in sizes[row:]] for row, size in enumerate(sizes)
     ]
 
 
-def _blocks(parts: jax.Array, dtype: str) -> Blocks:
+def _blocks(parts: jax.Array, dtype: str) -> _Blocks:
     """The sum of the Gram matrices of some parts, [k, N / k, n]."""
     cuts = _cuts(parts.shape[2])
 
@@ -305,7 +306,7 @@ def _add_exact(
 
 
 @jax.jit
-def _gram(blocks: Blocks, exact: jax.Array, probes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gram(blocks: _Blocks, exact: jax.Array, probes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """C, [n, n], and a bound of the Frobenius norm of its error."""
     cuts = _cuts(len(exact))
     gram = jnp.zeros((len(exact), len(exact)), blocks[0][0].dtype)
