@@ -7,6 +7,7 @@ Nothing here carries a label.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,17 @@ class Calibration:
       batches: one iterable of batches a task, in task order; each can be iterated again, so that none is an
         iterator, and all of its batches have one shape.
       features: (params, batch) -> what heads read, [B, d], float32.
-      logits: (params, task, batch) -> logits of the task's own head, [B, C_t], float32; `task` is a
-        Python integer.
+      logits: (params, head, batch) -> logits of a head, [B, C_t], float32.
+      heads: what `logits` reads of each task, in task order: a pytree of arrays, or None where there is nothing.
+        They are arguments, so that what is compiled for one serves all of its shapes.
       linear_inputs: (params, batch) -> kernel leaf name to inputs of that layer, [N, in], float32, one
         row a token; rows of padding are zero. None where the model cannot say.
     """
 
     batches: Sequence[Iterable[Batch]]
     features: Callable[[Params, Batch], jax.Array]
-    logits: Callable[[Params, int, Batch], jax.Array]
+    logits: Callable[[Params, Any, Batch], jax.Array]
+    heads: Sequence[Any]
     linear_inputs: LinearInputs | None = None
 
 
@@ -42,14 +45,18 @@ def require(calibration: Calibration | None, method: str, num_tasks: int) -> Cal
     """Returns the calibration that a method needs.
 
     Raises:
-      ValueError: if it is None, or has not one iterable of batches a task, or one is empty or an iterator.
+      ValueError: if it is None, or has not one head and one iterable of batches a task, or one of these is empty
+        or an iterator.
     """
     if calibration is None:
         raise ValueError(f"calibration: got None, but {method} needs inputs of every task")
-    if len(calibration.batches) != num_tasks:
+    counts = {"batches": len(calibration.batches), "heads": len(calibration.heads)}
+    if wrong := {name: count for name, count in counts.items() if count != num_tasks}:
         raise ValueError(
-            f"calibration.batches: got {len(calibration.batches)}, expected one for each of the "
-            f"{num_tasks} tasks"
+            "\n".join(
+                f"calibration.{name}: got {count}, expected one for each of the {num_tasks} tasks"
+                for name, count in wrong.items()
+            )
         )
     once = [t for t, batches in enumerate(calibration.batches) if iter(batches) is batches]
     if once:
@@ -74,11 +81,6 @@ def require_linear_inputs(calibration: Calibration, method: str) -> LinearInputs
     if calibration.linear_inputs is None:
         raise ValueError(f"calibration.linear_inputs: got None, but {method} needs them")
     return calibration.linear_inputs
-
-
-def logits_of(calibration: Calibration, task: int) -> Callable[[Params, Batch], jax.Array]:
-    """The model with one task's head: (params, batch) -> logits, [B, C_t], float32."""
-    return lambda params, batch: calibration.logits(params, task, batch)
 
 
 def gram(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:

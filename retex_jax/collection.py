@@ -191,10 +191,10 @@ def calibrate(
     def features(params: Params, batch: Batch) -> jax.Array:
         return model.apply({"params": params}, batch).pooled
 
-    def logits(params: Params, task: int, batch: Batch) -> jax.Array:
+    def logits(params: Params, head: recovery.Head, batch: Batch) -> jax.Array:
         if recovery.has_choices(batch):
             return recovery.choice_logits(model, params, batch)
-        return recovery.apply_head(heads[task], features(params, batch))
+        return recovery.apply_head(head, features(params, batch))
 
     def linear_inputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
         return models.linear_inputs(model, params, batch)
@@ -210,7 +210,7 @@ def calibrate(
 
     return {
         split: Calibration(
-            [batches(task, split) for task in tasks], features, logits, linear_inputs
+            [batches(task, split) for task in tasks], features, logits, heads, linear_inputs
         )
         for split in ("train", "test")
     }

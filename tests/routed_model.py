@@ -51,13 +51,13 @@ def experts(pretrained, models, names=None):
 def calibration(xs, heads, batch_size=4):
     """Inputs of each task [n, N, 6] in batches, and the model with the tasks' heads."""
 
-    def logits(params, task, batch):
-        return jnp.matmul(features(params, batch), heads[task], precision="highest")
+    def logits(params, head, batch):
+        return jnp.matmul(features(params, batch), head, precision="highest")
 
     batches = [
         [{"x": x[start : start + batch_size]} for start in range(0, len(x), batch_size)] for x in xs
     ]
-    return Calibration(batches, features, logits)
+    return Calibration(batches, features, logits, heads)
 
 
 def case(num_tasks=3, **options):

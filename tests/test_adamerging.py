@@ -20,12 +20,11 @@ FAST = {"steps": 12, "learning_rate": 0.05}
 def _calibration(num_tasks, count=3, batches=None, heads=None):
     heads = reference.heads(num_tasks) if heads is None else heads
 
-    def logits(params, task, batch):
-        leaves = rtx.tree.flatten(params)
-        return reference.logits(leaves, jnp.asarray(heads[task]), batch)
+    def logits(params, head, batch):
+        return reference.logits(rtx.tree.flatten(params), head, batch)
 
     batches = reference.batches(num_tasks, count) if batches is None else batches
-    return Calibration(batches, features=None, logits=logits)
+    return Calibration(batches, features=None, logits=logits, heads=heads)
 
 
 def _both(model, **options):
@@ -113,7 +112,8 @@ def test_one_step_by_hand():
     calibration = Calibration(
         [[{"x": np.ones((1, 1), np.float32)}]],
         features=None,
-        logits=lambda params, task, batch: batch["x"] * params["w"],
+        logits=lambda params, head, batch: batch["x"] * params["w"],
+        heads=[None],
     )
     options = {"calibration": calibration, "variant": "fusion_bench", "steps": 1}
     p = 1 / (1 + np.exp(-0.8))
@@ -178,12 +178,13 @@ def test_one_leaf_has_the_same_coefficients_task_wise_and_layer_wise():
     rest = {name: leaf for name, leaf in pretrained.items() if name != "dense/kernel"}
     names = ["dense/kernel"]
     model = [{name: tree[name] for name in names} for tree in (pretrained, *experts)]
-    heads = reference.heads(2)
 
-    def logits(params, task, batch):
-        return reference.logits({**rest, **rtx.tree.flatten(params)}, heads[task], batch)
+    def logits(params, head, batch):
+        return reference.logits({**rest, **rtx.tree.flatten(params)}, head, batch)
 
-    calibration = Calibration(reference.batches(2, 3), features=None, logits=logits)
+    calibration = Calibration(
+        reference.batches(2, 3), features=None, logits=logits, heads=reference.heads(2)
+    )
     found = [
         adamerging.fit_coefficients(
             expert_set(model[0], model[1:]), calibration=calibration, granularity=kind, **FAST
@@ -344,10 +345,10 @@ def test_sharded_equals_one_device(place_on_8_devices):
     ]
     batches = [[{"x": rng.normal(size=(4, 16)).astype(np.float32)}] for _ in range(2)]
 
-    def logits(params, task, batch):
-        return (batch["x"] @ params["a"]["kernel"] + params["b"]) * params["c"] / (5 + task)
+    def logits(params, head, batch):
+        return (batch["x"] @ params["a"]["kernel"] + params["b"]) * params["c"] / head
 
-    calibration = Calibration(batches, features=None, logits=logits)
+    calibration = Calibration(batches, features=None, logits=logits, heads=[5.0, 6.0])
     sharded = [place_on_8_devices(tree) for tree in trees]
     assert not sharded[0]["a/kernel"].sharding.is_fully_replicated
     for options in ({"plus_plus": True}, {"resident": False}):
@@ -373,10 +374,10 @@ def test_what_is_not_finite_stops_it_with_the_step(where):
         match = r"the entropy of \['task_1'\] is not finite at step 3"
     else:
 
-        def logits(params, task, batch):  # the square root of 0 has no derivative
+        def logits(params, head, batch):  # the square root of 0 has no derivative
             return jnp.sqrt(0.0 * params["scale"]) + batch["x"]
 
-        calibration = Calibration(batches, features=None, logits=logits)
+        calibration = Calibration(batches, features=None, logits=logits, heads=[None] * 2)
         match = "the gradient is not finite at step 1"
     with pytest.raises(FloatingPointError, match=match):
         adamerging.fit_coefficients(

@@ -191,7 +191,7 @@ def test_calibration_computes_what_the_evaluation_does(calibrated):
     params, batch = collected.experts.expert_params(1), calibrations["test"].batches[1][0]
     head = list(collected.heads.values())[1]
     want = recovery.logits(head, recovery.run(run.backbone.model, params, batch, 8))
-    found = calibrations["test"].logits(params, 1, batch)
+    found = calibrations["test"].logits(params, head, batch)
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     inputs = calibrations["test"].linear_inputs(params, batch)
     assert set(inputs) < set(tree.flatten(params))

@@ -18,13 +18,10 @@ BATCH = 4
 CLASSES = [3, 1, 2, 4, 2, 3, 2, 5]  # task 1 is a regression
 
 
-def _logits(head):
-    def logits(params, batch):
-        linear = batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"]
-        before = params["scale"] * linear + batch["x"] @ params["second"]["kernel"]
-        return jnp.tanh(before) @ head
-
-    return logits
+def _logits(params, head, batch):
+    linear = batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"]
+    before = params["scale"] * linear + batch["x"] @ params["second"]["kernel"]
+    return jnp.tanh(before) @ head
 
 
 def _batches(examples, size=BATCH):
@@ -32,11 +29,11 @@ def _batches(examples, size=BATCH):
 
 
 def _calibration(examples, heads, size=BATCH):
-    functions = [_logits(head) for head in heads]
     return Calibration(
         batches=[_batches(x, size) for x in examples],
         features=lambda params, batch: batch["x"],
-        logits=lambda params, task, batch: functions[task](params, batch),
+        logits=_logits,
+        heads=heads,
     )
 
 
@@ -71,8 +68,9 @@ def test_the_fisher_information(num_classes, variant):
     examples, heads = references_fisher.inputs(1), references_fisher.heads([num_classes])
     (want,) = _fishers([pretrained], examples, heads, variant)
     found = fisher.fisher_diagonal(
-        _logits(heads[0]),
+        _logits,
         references.nested(pretrained),
+        heads[0],
         _batches(examples[0]),
         variant=variant,
         chunk_size=3,
@@ -81,11 +79,15 @@ def test_the_fisher_information(num_classes, variant):
     assert max(leaf.max() for leaf in want.values()) > 0.01
 
 
+def _linear(params, head, batch):
+    return batch["x"] @ params["kernel"]
+
+
 def test_a_softmax_layer_by_hand():
     # logits = x K, K = 0, two classes: p = 1/2, grad of log p_c by K is x (e_c - p): F = x^2 / 4.
     params = {"kernel": np.zeros((2, 2), np.float32)}
     batches = [{"x": np.float32([[2, 0]])}, {"x": np.float32([[4, 6]])}]
-    found = fisher.fisher_diagonal(lambda p, b: b["x"] @ p["kernel"], params, batches)
+    found = fisher.fisher_diagonal(_linear, params, None, batches)
     np.testing.assert_allclose(found["kernel"], [[2.5, 2.5], [4.5, 4.5]], rtol=1e-6)
 
 
@@ -93,18 +95,15 @@ def test_a_batch_sum_by_hand():
     # sqrt(p_c) = a = 1/sqrt 2; grad of a (log p_1 + log p_2) by logit c is a (1 - 2 / 2) = 0: the cross
     # terms of classes cancel all. With K = [ln 3, 0] and x = 1, p = (3/4, 1/4), and by logit 1 it is
     # sqrt(3)/2 - (sqrt(3) + 1)/2 * 3/4 = (sqrt(3) - 3)/8; twice that for two examples in one batch.
-    def logits(params, batch):
-        return batch["x"] @ params["kernel"]
-
     one = np.ones((2, 1), np.float32)
     even = {"kernel": np.zeros((1, 2), np.float32)}
-    found = fisher.fisher_diagonal(logits, even, [{"x": one}], variant="batch_sum")
+    found = fisher.fisher_diagonal(_linear, even, None, [{"x": one}], variant="batch_sum")
     np.testing.assert_allclose(found["kernel"], [[0, 0]], atol=1e-12)
     uneven = {"kernel": np.log(np.float32([[3, 1]]))}
     square = ((3**0.5 - 3) / 8) ** 2
     for batches, want in (([one], 2 * square), ([one[:1], one[:1]], square)):
         batches = [{"x": x} for x in batches]
-        found = fisher.fisher_diagonal(logits, uneven, batches, variant="batch_sum")
+        found = fisher.fisher_diagonal(_linear, uneven, None, batches, variant="batch_sum")
         np.testing.assert_allclose(found["kernel"], [[want, want]], rtol=1e-5)
 
 
@@ -213,7 +212,7 @@ def test_drawn_classes_estimate_the_expectation():
     pretrained, _ = references.few_leaves(1)
     examples, heads = references_fisher.inputs(1), references_fisher.heads([4])
     options = {"num_samples": 2000, "chunk_size": 2000}
-    arguments = (_logits(heads[0]), references.nested(pretrained), _batches(examples[0]))
+    arguments = (_logits, references.nested(pretrained), heads[0], _batches(examples[0]))
     found = fisher.fisher_diagonal(*arguments, **options)
     (want,) = _fishers([pretrained], examples, heads, "per_example")
     total, estimate = (sum(float(np.sum(leaf)) for leaf in f.values()) for f in (want, found))
@@ -249,7 +248,7 @@ def test_half_precision(variant, dtype, step):
 def test_jit_equals_eager(variant):
     pretrained, _ = references.few_leaves(1)
     examples, heads = references_fisher.inputs(1, 2), references_fisher.heads([2])
-    arguments = (_logits(heads[0]), references.nested(pretrained), _batches(examples[0], 2))
+    arguments = (_logits, references.nested(pretrained), heads[0], _batches(examples[0], 2))
     compiled = fisher.fisher_diagonal(*arguments, variant=variant)
     with jax.disable_jit():
         eager = fisher.fisher_diagonal(*arguments, variant=variant)
@@ -264,7 +263,8 @@ def test_sharded_equals_one_device(variant, place_on_8_devices):
     calibration = Calibration(
         batches=batches,
         features=lambda params, batch: batch["x"],
-        logits=lambda params, task, batch: batch["x"] @ params["a"]["kernel"][:, : 3 + task],
+        logits=lambda params, head, batch: batch["x"] @ params["a"]["kernel"][:, head],
+        heads=[np.arange(3), np.arange(4)],
     )
     want = fisher.fit(expert_set(models[0], models[1:]), calibration=calibration, variant=variant)
     placed = [place_on_8_devices(model) for model in models]

@@ -1,9 +1,11 @@
 import inspect
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import references
+import routed_model as net
 
 import retex_jax as rtx
 from retex_jax.calibration import Calibration
@@ -49,10 +51,36 @@ def test_methods_that_need_data_say_so(name):
 @pytest.mark.parametrize("name", sorted(set(rtx.METHODS) - set(OPTIONS) - {"dawin"}))
 def test_batches_that_can_be_read_once_are_refused_and_not_read(name):
     once = [iter([{"x": np.ones((2, 3))}] * 2) for _ in range(2)]
-    calibration = Calibration(once, lambda *_: None, lambda *_: None)
+    calibration = Calibration(once, lambda *_: None, lambda *_: None, [None] * 2)
     with pytest.raises(ValueError, match=r"calibration.batches: those of tasks \[0, 1\] are iter"):
         rtx.METHODS[name].fit(_expert_set(2), calibration=calibration)
     assert [len(list(batches)) for batches in once] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fisher", {}),
+        ("fisher", {"variant": "batch_sum"}),
+        ("adamerging", {"steps": 1}),
+        ("wemoe", {"steps": 1}),
+        ("dawin", {"variant": "mixture"}),
+        ("retex", {"rank": 2, "task_weights": "divergence"}),
+        ("retex", {"budget": 0.5, "leaf_weights": "fisher"}),
+    ],
+)
+def test_models_are_compiled_once_for_all_heads_of_a_shape(name, options):
+    traced = []
+    for num_tasks in (2, 6):  # of two shapes in turn
+        pretrained, models, _, _, calibration = net.case(num_tasks)
+
+        def logits(params, head, batch, plain=calibration.logits, own=num_tasks):
+            traced.append(own)
+            return plain(params, head, batch)
+
+        given = replace(calibration, logits=logits)
+        rtx.METHODS[name].fit(net.experts(pretrained, models), calibration=given, **options)
+    assert 0 < traced.count(2) == traced.count(6)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -28,7 +28,8 @@ def calibration(examples, widths, size=20, scale=None):
     return Calibration(
         batches=[[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples],
         features=lambda params, batch: batch["x"],
-        logits=lambda params, task, batch: batch["x"],
+        logits=lambda params, head, batch: batch["x"],
+        heads=[None] * len(examples),
         linear_inputs=linear_inputs,
     )
 
@@ -321,7 +322,7 @@ def test_inputs_that_do_not_fit(widths, message, monkeypatch):
     pretrained, experts = references.few_leaves(2)
     given = calibration(want.inputs(2), widths or {})
     if widths is None:
-        given = Calibration(given.batches, given.features, given.logits)
+        given = Calibration(given.batches, given.features, given.logits, given.heads)
         monkeypatch.setattr(bases, "merge", None)  # this is told before any work
     with pytest.raises(ValueError, match=message):
         RETEX.fit(expert_set(pretrained, experts), rank=2, shrinkage=0.5, calibration=given)

@@ -1,5 +1,7 @@
 """Weights of tasks and leaves by what the predictions lose, against their definitions in float64."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +39,8 @@ def calibration(examples, size=8):
     return Calibration(
         batches=[[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples],
         features=lambda params, batch: batch["x"] @ params["w"]["kernel"],
-        logits=lambda params, task, batch: GAINS[task] * (batch["x"] @ params["w"]["kernel"]),
+        logits=lambda params, gain, batch: gain * (batch["x"] @ params["w"]["kernel"]),
+        heads=GAINS[: len(examples)],
     )
 
 
@@ -140,9 +143,7 @@ def test_it_is_the_fit_with_the_weights_that_it_finds(monkeypatch):
 def test_with_errors_that_are_weighed_by_inputs(orientation):
     made, examples = expert_set(*linear_experts()), inputs()
     plain = calibration(examples)
-    given = Calibration(
-        plain.batches, plain.features, plain.logits, lambda params, batch: {"w/kernel": batch["x"]}
-    )
+    given = replace(plain, linear_inputs=lambda params, batch: {"w/kernel": batch["x"]})
     options = {**BUDGET, "orientation": orientation, "shrinkage": 0.3, "calibration": given}
     experts = [references.flat(made.expert_params(task)) for task in range(NUM_TASKS)]
     lost, before = (
@@ -169,12 +170,13 @@ def test_regressions_lose_their_squared_errors():
         for _ in range(2)
     ]
 
-    def logits(params, task, batch):
-        found = batch["x"] @ params["w"]["kernel"]
-        return found if task else 20 * found[:, :1]
+    def logits(params, head, batch):
+        return batch["x"] @ params["w"]["kernel"] @ head
 
-    plain = calibration(inputs()[:2])
-    given, solved = Calibration(plain.batches, plain.features, logits), []
+    given = replace(
+        calibration(inputs()[:2]), logits=logits, heads=[20 * np.eye(6, 1, dtype="f4"), np.eye(6)]
+    )
+    solved = []
 
     def solve(weights, number):
         solved.append(weights)
@@ -250,12 +252,14 @@ def experts_of_leaves():
 def sum_of_layers(examples, size=8):
     """A model that reads the kernels to different extents."""
 
-    def logits(params, task, batch):
+    def logits(params, head, batch):
         flat = tree.flatten(params)
         return sum(scale * (batch["x"] @ flat[name]) for name, scale in SCALES.items())
 
     batches = [[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples]
-    return Calibration(batches, lambda params, batch: batch["x"], logits)
+    return Calibration(
+        batches, lambda params, batch: batch["x"], logits, heads=[None] * len(examples)
+    )
 
 
 def mean_fisher(expert, examples, size=8):

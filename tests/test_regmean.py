@@ -30,7 +30,8 @@ def _calibration(examples, inputs=_linear_inputs, size=4):
     return Calibration(
         batches=[[{"x": x[i : i + size]} for i in range(0, len(x), size)] for x in examples],
         features=lambda params, batch: batch["x"],
-        logits=lambda params, task, batch: batch["x"],
+        logits=lambda params, head, batch: batch["x"],
+        heads=[None] * len(examples),
         linear_inputs=inputs,
     )
 
@@ -269,7 +270,8 @@ def test_on_a_transformer():
     calibration = Calibration(
         batches=[[batch] for batch in batches],
         features=lambda params, batch: model.apply({"params": params}, batch).pooled,
-        logits=lambda params, task, batch: model.apply({"params": params}, batch).pooled,
+        logits=lambda params, head, batch: model.apply({"params": params}, batch).pooled,
+        heads=[None] * len(batches),
         linear_inputs=lambda params, batch: linear_inputs(model, params, batch),
     )
     experts = rtx.ExpertSet.from_trees(trees[0], trees[1:])

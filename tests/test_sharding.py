@@ -255,12 +255,13 @@ def test_a_router_trained_on_a_mesh_is_that_of_one_device(kind):
 def test_adamerging_on_a_mesh_is_that_of_one_device():
     pretrained, experts = reference.model(2)
     experts = expert_set(pretrained, experts)
-    heads = reference.heads(2)
 
-    def logits(params, task, batch):
-        return reference.logits(tree.flatten(params), jnp.asarray(heads[task]), batch)
+    def logits(params, head, batch):
+        return reference.logits(tree.flatten(params), head, batch)
 
-    calibration = Calibration(reference.batches(2, 3), features=None, logits=logits)
+    calibration = Calibration(
+        reference.batches(2, 3), features=None, logits=logits, heads=reference.heads(2)
+    )
     options = {"calibration": calibration, "steps": 12, "learning_rate": 0.05}
     want, values = adamerging.fit_coefficients(experts, **options)
     found, entropies = adamerging.fit_coefficients(

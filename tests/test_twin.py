@@ -64,7 +64,10 @@ def test_trimming_by_hand():
     pretrained = {"w": {"kernel": np.zeros((2, 2), np.float32), "bias": np.zeros(2, np.float32)}}
     expert = {"w": {"kernel": np.float32([[4, 0], [-2, 1]]), "bias": np.float32([3, 1])}}
     calibration = net.Calibration(
-        [[{"x": np.ones((4, 3), np.float32)}]], lambda params, batch: batch["x"], lambda *_: None
+        [[{"x": np.ones((4, 3), np.float32)}]],
+        lambda params, batch: batch["x"],
+        lambda *_: None,
+        [None],
     )
     state = twin.fit(
         net.rtx.ExpertSet.from_trees(pretrained, [expert]),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -121,9 +123,9 @@ def test_entropy_and_its_gradient(batch_gate):
         gates,
         state.base,
         state.experts,
+        case[3][1],
         {"x": case[2][1]},
         logits=case[4].logits,
-        task=1,
         batch_gate=batch_gate,
         mask=None,
     )
@@ -166,9 +168,9 @@ def test_the_first_step_of_adam_follows_the_sum_of_all_tasks():
             start,
             _fit(case).base,
             _fit(case).experts,
+            case[3][task],
             {"x": case[2][task][:4]},
             logits=case[4].logits,
-            task=task,
             batch_gate=True,
             mask="attention_mask",
         )
@@ -239,7 +241,10 @@ def test_models_of_the_package(kind):
         return model.apply({"params": params}, batch).pooled
 
     calibration = Calibration(
-        [[batch], [batch]], features, lambda params, task, batch: features(params, batch)[:, task:]
+        [[batch], [batch]],
+        features,
+        lambda params, head, batch: features(params, batch)[:, head],
+        heads=[np.arange(8), np.arange(1, 8)],
     )
     features(pretrained, batch)  # jit has traced it before
     state = wemoe.fit(
@@ -299,8 +304,8 @@ def test_leaves_left_out_of_the_experts_are_named():
     case = net.case(2)
     trees = [references.nested(model) for model in (case[0], *case[1])]
     experts = net.rtx.ExpertSet.from_trees(trees[0], trees[1:], exclude=["scale", "blocks_1"])
-    blind = Calibration(
-        case[4].batches, net.features, lambda params, task, batch: net.features(trees[0], batch)
+    blind = replace(
+        case[4], logits=lambda params, head, batch: net.features(trees[0], batch) @ head
     )
     with pytest.raises(ValueError, match=r"no leaves below the modules \['blocks_1/mlp'\]"):
         wemoe.fit(experts, calibration=blind, steps=0)

@@ -20,7 +20,7 @@ The derivative of the entropy by lambda_t of a leaf is <d entropy / d theta, tau
 adds up the gradient by the merged parameters over the tasks' batches in one donated buffer, and takes inner
 products leaf by leaf: nothing is differentiated through the merge, and but for the task vectors no memory
 grows with T. They are held (T float32 models), or with `resident=False` read again, a leaf at a time, twice
-a step. The pass through the model is compiled once a task, as heads differ. Arithmetic is in float32; while
+a step. The pass through the model is compiled once for all heads of a shape. Arithmetic is in float32; while
 fitting, the merged parameters are float32 whatever the experts' dtype is.
 """
 
@@ -208,7 +208,7 @@ def fit_coefficients(
       experts: the experts.
       key: not used; every method takes one.
       calibration: batches of unlabelled inputs of each task (the published numbers: 16 test inputs a
-        batch, shuffled), and logits; the parameters that `logits` gets are the experts' leaves, float32.
+        batch, shuffled), heads and logits; the parameters that `logits` gets are the experts' leaves, float32.
       granularity: one coefficient a task ("task"), or one a task and leaf ("layer").
       plus_plus: AdaMerging++: trimmed task vectors without the entries of the sign that lost.
       variant: whose `steps`, `batches_per_step` and `clamp` are taken where they are not given:
@@ -303,17 +303,17 @@ def _objective(
         for name, batches in zip(experts.names, calibration.batches, strict=True)
     ]
 
-    @partial(jax.jit, static_argnames="task", donate_argnames="total")
+    @partial(jax.jit, donate_argnames="total")
     def accumulate(
         params: dict[str, jax.Array],
         buffers: dict[str, Array],
         total: dict[str, jax.Array] | None,
         batch: Batch,
-        task: int,
+        head: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         def mean_entropy(params: dict[str, jax.Array]) -> jax.Array:
             whole = tree.unflatten({**params, **buffers})
-            return entropy(calibration.logits(whole, task, batch)).mean()
+            return entropy(calibration.logits(whole, head, batch)).mean()
 
         value, gradient = jax.value_and_grad(mean_entropy)(params)
         gradient = sharding.constrain(gradient, mesh, sharding.MODEL_RULES)
@@ -323,11 +323,11 @@ def _objective(
         params: dict[str, jax.Array],
     ) -> tuple[np.ndarray, dict[str, jax.Array]]:
         total, entropies = None, []
-        for task, stream in enumerate(streams):
+        for head, stream in zip(calibration.heads, streams, strict=True):
             values = []
             for _ in range(batches_per_step):
                 batch = sharding.place(next(stream), mesh, sharding.BATCH_RULES)
-                value, total = accumulate(params, buffers, total, batch, task=task)
+                value, total = accumulate(params, buffers, total, batch, head)
                 values.append(value)
             entropies.append(jnp.stack(values).mean())
         assert total is not None  # an expert set has a task

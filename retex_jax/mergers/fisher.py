@@ -37,15 +37,16 @@ Float32, norms in float64.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration, logits_of, require
+from retex_jax.calibration import Calibration, require
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.average import average
 from retex_jax.mergers.consensus import per_task
@@ -55,7 +56,7 @@ from retex_jax.typing import Batch, FlatParams, Params
 Variant = Literal["per_example", "batch_sum"]
 VARIANTS = ("per_example", "batch_sum")
 
-Logits = Callable[[Params, Batch], jax.Array]
+Logits = Callable[[Params, Any, Batch], jax.Array]
 
 
 def log_likelihoods(logits: jax.Array) -> jax.Array:
@@ -70,9 +71,18 @@ def log_likelihoods(logits: jax.Array) -> jax.Array:
     return logits if logits.shape[-1] == 1 else jax.nn.log_softmax(logits, axis=-1)
 
 
+class _Model(NamedTuple):
+    """A model in float32, and a head: what gradients are taken by, and the rest."""
+
+    free: Mapping[str, jax.Array]
+    fixed: Mapping[str, jax.Array]
+    head: Any
+
+
 def fisher_diagonal(
     logits: Logits,
     params: Params,
+    head: Any,
     batches: Iterable[Batch],
     *,
     variant: Variant = "per_example",
@@ -83,8 +93,10 @@ def fisher_diagonal(
     """The diagonal of a model's Fisher information; see the module's docstring for the variants.
 
     Args:
-      logits: (params, batch) -> [B, C], float32.
+      logits: (params, head, batch) -> [B, C], float32. Compiled once for all models and heads of equal shapes, as
+        long as it is the same function.
       params: the model; float leaves are taken in float32.
+      head: what `logits` reads of the task: a pytree of arrays.
       batches: batches of one shape, at least one.
       variant: "per_example" or "batch_sum".
       chunk_size: how many gradients "per_example" holds at once.
@@ -97,54 +109,65 @@ def fisher_diagonal(
     leaves = {name: jnp.asarray(leaf) for name, leaf in tree.flatten(params).items()}
     fixed = {name: leaf for name, leaf in leaves.items() if not tree.is_float(leaf.dtype)}
     free = {name: leaves[name].astype(jnp.float32) for name in leaves.keys() - fixed.keys()}
+    model = _Model(free, fixed, head)
     key = jax.random.key(0) if key is None else key
-
-    def scores(free: FlatParams, fixed: FlatParams, batch: Batch) -> jax.Array:
-        return log_likelihoods(logits(tree.unflatten({**free, **fixed}), batch))
-
-    def one_score(
-        free: FlatParams, fixed: FlatParams, example: Batch, index: jax.Array
-    ) -> jax.Array:
-        return scores(free, fixed, {name: x[None] for name, x in example.items()})[0, index]
-
-    def add_examples(
-        total: FlatParams, free: FlatParams, fixed: FlatParams, batch: Batch, key: jax.Array
-    ) -> FlatParams:
-        pairs = _pairs(scores(free, fixed, batch), num_samples, key, chunk_size)
-
-        def add_chunk(total: FlatParams, chunk: tuple[jax.Array, ...]) -> tuple[FlatParams, None]:
-            examples, classes, weights = chunk
-            chosen = {name: x[examples] for name, x in batch.items()}
-            gradients = jax.vmap(jax.grad(one_score), (None, None, 0, 0))(
-                free, fixed, chosen, classes
-            )
-            return {
-                name: sums + jnp.sum(_column(weights, sums.ndim) * gradients[name] ** 2, axis=0)
-                for name, sums in total.items()
-            }, None
-
-        return jax.lax.scan(add_chunk, total, pairs)[0]
-
-    def add_batch(
-        total: FlatParams, free: FlatParams, fixed: FlatParams, batch: Batch, key: jax.Array
-    ) -> FlatParams:
-        del key
-
-        def objective(free: FlatParams) -> jax.Array:
-            values = scores(free, fixed, batch)
-            return jnp.sum(jax.lax.stop_gradient(jnp.sqrt(_weights(values))) * values)
-
-        gradients = jax.grad(objective)(free)
-        return {name: sums + gradients[name] ** 2 for name, sums in total.items()}
-
-    add = jax.jit(add_examples if variant == "per_example" else add_batch, donate_argnums=0)
     total = {name: jnp.zeros_like(leaf) for name, leaf in free.items()}
     count = 0
     for number, batch in enumerate(batches):
         batch = {name: jnp.asarray(x) for name, x in batch.items()}
-        total = add(total, free, fixed, batch, jax.random.fold_in(key, number))
+        if variant == "batch_sum":
+            total = _add_batch(logits, total, model, batch)
+        else:
+            drawn = jax.random.fold_in(key, number)
+            total = _add_examples(logits, total, model, batch, drawn, num_samples, chunk_size)
         count += len(next(iter(batch.values())))
     return {name: sums / count for name, sums in total.items()}
+
+
+def _scores(logits: Logits, model: _Model, batch: Batch) -> jax.Array:
+    params = tree.unflatten({**model.free, **model.fixed})
+    return log_likelihoods(logits(params, model.head, batch))
+
+
+@partial(jax.jit, static_argnames=("logits", "num_samples", "chunk_size"), donate_argnames="total")
+def _add_examples(
+    logits: Logits,
+    total: FlatParams,
+    model: _Model,
+    batch: Batch,
+    key: jax.Array,
+    num_samples: int | None,
+    chunk_size: int,
+) -> FlatParams:
+    """Adds p_c (grad log p_c)^2 of every example and class."""
+    pairs = _pairs(_scores(logits, model, batch), num_samples, key, chunk_size)
+
+    def one_score(free: Mapping[str, jax.Array], example: Batch, index: jax.Array) -> jax.Array:
+        single = {name: x[None] for name, x in example.items()}
+        return _scores(logits, model._replace(free=free), single)[0, index]
+
+    def add_chunk(total: FlatParams, chunk: tuple[jax.Array, ...]) -> tuple[FlatParams, None]:
+        examples, classes, weights = chunk
+        chosen = {name: x[examples] for name, x in batch.items()}
+        gradients = jax.vmap(jax.grad(one_score), (None, 0, 0))(model.free, chosen, classes)
+        return {
+            name: sums + jnp.sum(_column(weights, sums.ndim) * gradients[name] ** 2, axis=0)
+            for name, sums in total.items()
+        }, None
+
+    return jax.lax.scan(add_chunk, total, pairs)[0]
+
+
+@partial(jax.jit, static_argnames="logits", donate_argnames="total")
+def _add_batch(logits: Logits, total: FlatParams, model: _Model, batch: Batch) -> FlatParams:
+    """Adds the square of the gradient of the sum over examples and classes of sqrt(p_c) log p_c."""
+
+    def objective(free: Mapping[str, jax.Array]) -> jax.Array:
+        values = _scores(logits, model._replace(free=free), batch)
+        return jnp.sum(jax.lax.stop_gradient(jnp.sqrt(_weights(values))) * values)
+
+    gradients = jax.grad(objective)(model.free)
+    return {name: sums + gradients[name] ** 2 for name, sums in total.items()}
 
 
 def _weights(values: jax.Array) -> jax.Array:
@@ -193,7 +216,7 @@ def fit(
     Args:
       experts: the experts.
       key: typed PRNG key, used with `num_samples` only; folded by the expert's name.
-      calibration: inputs of every task, and `logits`. The paper and its followers take 256 to 2048
+      calibration: inputs of every task, and `logits` and `heads`. The paper and its followers take 256 to 2048
         examples a task.
       variant: "per_example" or "batch_sum"; see the module's docstring.
       scaling: c_t, one number or T of them, >= 0, not all 0. Only their ratios matter; the paper
@@ -242,8 +265,9 @@ def fit(
     for task, expert in enumerate(experts.names):
         params = experts.expert_params(task)
         fisher = fisher_diagonal(
-            logits_of(calibration, task),
+            calibration.logits,
             params,
+            calibration.heads[task],
             calibration.batches[task],
             variant=variant,
             chunk_size=chunk_size,

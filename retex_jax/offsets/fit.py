@@ -91,7 +91,7 @@ def fit(
         starves, for three fits more (see `retex_jax.offsets.weighting`); or T positive numbers. By "exact" only.
       leaf_weights: with a budget, of the leaves' errors where ranks are chosen: "equal"; or "fisher": by how far
         the experts' predictions depend on a leaf, for a few backward passes.
-      calibration: unlabelled training inputs of every task, with `logits` for "divergence" and "fisher" and
+      calibration: unlabelled training inputs of every task, with `logits` and `heads` for "divergence" and "fisher" and
         `linear_inputs` for a `shrinkage` below 1; not used without them.
       shrinkage: above 0, at most 1. Below 1 the errors of a linear layer are weighed by what it reads, the less
         the nearer to 1 (see `retex_jax.offsets.activations`), when ranks are chosen, in the solution and in the

@@ -18,14 +18,14 @@ Numerics: logits, gradients and squared errors in float32; divergences and weigh
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import tree
-from retex_jax.calibration import Calibration, logits_of
+from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet
 from retex_jax.mergers.fisher import fisher_diagonal, log_likelihoods
 from retex_jax.offsets import differences
@@ -88,7 +88,7 @@ def by_divergence(
 
     Args:
       experts: the experts; one is held at a time.
-      calibration: inputs of every task, and `logits`.
+      calibration: inputs of every task, `logits` and `heads`.
       first: [T], of mean square 1: of the first fit.
       solve: (weights, number of the round) -> the recovered experts of a fit.
       leaf_weights: that the errors of leaves count with in `solve`, 1 when not given.
@@ -125,7 +125,7 @@ def by_fisher(
 
     Args:
       experts: the experts; one is held at a time, with a gradient.
-      calibration: inputs of every task, of which the first `NUM_INPUTS` are used, and `logits`.
+      calibration: inputs of every task, of which the first `NUM_INPUTS` are used, `logits` and `heads`.
       names: of the leaves.
 
     Returns:
@@ -138,8 +138,9 @@ def by_fisher(
     total = dict.fromkeys(names, 0.0)
     for task in range(experts.num_tasks):
         own = fisher_diagonal(
-            logits_of(calibration, task),
+            calibration.logits,
             experts.expert_params(task),
+            calibration.heads[task],
             _first(calibration.batches[task], NUM_INPUTS),
             variant="batch_sum",
         )
@@ -235,13 +236,13 @@ def _first(batches: Iterable[Batch], num_inputs: int) -> Iterator[Batch]:
 def _predictions(calibration: Calibration) -> Callable[[Params, int], np.ndarray]:
     """(params, task) -> what `divergence` takes of all of the task's inputs, [N, C_t], float64."""
 
-    @jax.jit(static_argnums=1)
-    def of_batch(params: Params, task: int, batch: Batch) -> jax.Array:
-        return log_likelihoods(logits_of(calibration, task)(params, batch))
+    @jax.jit
+    def of_batch(params: Params, head: Any, batch: Batch) -> jax.Array:
+        return log_likelihoods(calibration.logits(params, head, batch))
 
     def predictions(params: Params, task: int) -> np.ndarray:
-        params = jax.device_put(params)
-        found = [np.asarray(of_batch(params, task, batch)) for batch in calibration.batches[task]]
+        params, head = jax.device_put((params, calibration.heads[task]))
+        found = [np.asarray(of_batch(params, head, batch)) for batch in calibration.batches[task]]
         return np.concatenate(found).astype(np.float64)
 
     return predictions

@@ -93,7 +93,7 @@ def fit(
       experts: the experts.
       key: not used; every method takes one.
       calibration: unlabelled test inputs by data set; of "mixture" only, the others take their inputs in
-        `predict`. `logits` and `batches` are read.
+        `predict`. `logits`, `heads` and `batches` are read.
       variant: see the module's docstring.
       scaling: of Task Arithmetic; "robust" has none.
       temperatures: T numbers above 0; 1 when not given.
@@ -152,7 +152,7 @@ def _set_weights(state: DawinState, calibration: Calibration, heads: Heads) -> n
         params = expert_params(state, expert)
         entropies.append([])
         for task, batches in enumerate(calibration.batches):
-            head = expert if heads == "own" else task
+            head = calibration.heads[expert if heads == "own" else task]
             parts = [
                 np.asarray(
                     _entropy(
@@ -206,15 +206,15 @@ def weights(state: DawinState, model: routing.ModelFunctions, batch: Batch) -> j
 
     Args:
       state: from `fit`.
-      model: `logits` is read.
+      model: `logits` and `heads` are read.
       batch: arrays [B, ...].
 
     Returns:
       [B, T], float32; of "mixture", every row is the batch's mean.
     """
     logits = [
-        routing.logits(model.logits, expert_params(state, task), task, batch)
-        for task in range(state.num_tasks)
+        routing.logits(model.logits, expert_params(state, task), head, batch)
+        for task, head in enumerate(model.heads)
     ]
     each = entropy_weights(logits, state.temperatures)
     if state.variant == "mixture":

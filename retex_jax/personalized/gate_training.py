@@ -15,27 +15,27 @@ from retex_jax.personalized import gating, routing
 from retex_jax.typing import Batch, FlatParams, Params, ProgressFn
 
 
-@partial(jax.jit, static_argnames=("logits", "task", "batch_gate", "mask"))
+@partial(jax.jit, static_argnames=("logits", "batch_gate", "mask"))
 def entropy_and_gradient(
     gates: Any,
     params: Params,
     stacked: FlatParams,
+    head: Any,
     batch: Batch,
     *,
-    logits: Callable[[Params, int, Batch], jax.Array],
-    task: int,
+    logits: Callable[[Params, Any, Batch], jax.Array],
     batch_gate: bool,
     mask: str | None,
 ) -> tuple[jax.Array, Any]:
-    """Mean entropy of a batch under one task's head, and its gradient by the gates.
+    """Mean entropy of a batch under one head, and its gradient by the gates.
 
     Args:
       gates: by module path.
       params: nested dict; see `gating.run`, as for the next.
       stacked: [T, *shape] by leaf.
+      head: a task's; see `Calibration`.
       batch: arrays [B, ...].
-      logits: (params, task, batch) -> [B, C_t].
-      task: the head's.
+      logits: (params, head, batch) -> [B, C_t].
       batch_gate: whether the batch shares its mean gates.
       mask: the batch's entry that is non-zero at real tokens, or None.
 
@@ -44,7 +44,7 @@ def entropy_and_gradient(
     """
 
     def function(params: Params, batch: Batch) -> jax.Array:
-        return logits(params, task, batch)
+        return logits(params, head, batch)
 
     def mean_entropy(gates: Any) -> jax.Array:
         def run(part: Batch) -> jax.Array:
@@ -95,9 +95,9 @@ def adapt(
                 gates,
                 params,
                 stacked,
+                calibration.heads[task],
                 dict(next(stream)),
                 logits=calibration.logits,
-                task=task,
                 batch_gate=batch_gate,
                 mask=mask,
             )

@@ -7,14 +7,14 @@ Besides `fit` and `recover`, the modules `twin`, `dawin`, `smear` and `wemoe` ha
   task's own, one-hot but for DaWin's mixture;
 - `predict(state, model, batch, *, chunk) -> features [B, d]`: every input through a model of its own.
 
-No path of `predict` sees a task id or a label. The model comes in as two pure functions (`ModelFunctions`; a
-`Calibration` has them), which are static arguments of jitted functions: give the same function objects again,
-or every call compiles anew.
+No path of `predict` sees a task id or a label. The model comes in as two pure functions and the heads
+(`ModelFunctions`; a `Calibration` has them). The functions are static arguments of jitted functions: give the same
+function objects again, or every call compiles anew.
 
 Memory of `predict`: `chunk` mixed models and their activations beside the state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from retex_jax.typing import Array, Batch, Params
 
 
 class ModelFunctions(Protocol):
-    """The model; see `Calibration`, of which these are two fields."""
+    """The model; see `Calibration`, of which these are three fields."""
 
     @property
     def features(self) -> Callable[[Params, Batch], jax.Array]:
@@ -36,8 +36,13 @@ class ModelFunctions(Protocol):
         ...
 
     @property
-    def logits(self) -> Callable[[Params, int, Batch], jax.Array]:
-        """(params, task, batch) -> logits of the task's own head, [B, C_t], float32."""
+    def logits(self) -> Callable[[Params, Any, Batch], jax.Array]:
+        """(params, head, batch) -> logits of a head, [B, C_t], float32."""
+        ...
+
+    @property
+    def heads(self) -> Sequence[Any]:
+        """What `logits` reads of each task: a pytree of arrays."""
         ...
 
 
@@ -55,12 +60,12 @@ def features(
     return function(params, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=0)
 def logits(
-    function: Callable[[Params, int, Batch], jax.Array], params: Params, task: int, batch: Batch
+    function: Callable[[Params, Any, Batch], jax.Array], params: Params, head: Any, batch: Batch
 ) -> jax.Array:
-    """Logits of a batch through one model and the head of one task: [B, C_t], float32."""
-    return function(params, task, batch)
+    """Logits of a batch through one model and one head: [B, C_t], float32."""
+    return function(params, head, batch)
 
 
 def calibration_features(calibration: Calibration, params: Params) -> list[np.ndarray]:

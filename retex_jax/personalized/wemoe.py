@@ -86,7 +86,7 @@ def fit(
       experts: the experts.
       key: typed PRNG key of the gates' start, folded by module and task; `jax.random.key(0)` when not given.
       calibration: unlabelled test inputs by task, in batches of 16 as the authors take them; the batches of each
-        task are gone through again and again. `logits` is read.
+        task are gone through again and again. `logits` and `heads` are read.
       scaling: lambda of Task Arithmetic.
       init_gate: the gates' last bias at the start.
       steps: of adaptation; 0 leaves the gates at their start.
@@ -115,10 +115,10 @@ def fit(
         problems.append(f"learning_rate: got {learning_rate!r}, expected a finite number above 0")
     if problems:
         raise ValueError("\n".join(problems))
-    logits = calibration.logits
+    logits, heads = calibration.logits, calibration.heads
     # Names of leaves decide nothing here: which modules there are is asked of the model itself.
     widths = gating.widths(
-        lambda params, batch: logits(params, 0, batch),
+        lambda params, batch: logits(params, heads[0], batch),
         experts.pretrained_params(),
         next(iter(calibration.batches[0])),
         pattern,
