@@ -227,15 +227,14 @@ def weights() -> str:
 
 def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
     results = read(results_path(name))
-    sizes = [
-        size
-        for below, size in itertools.pairwise((0, *SIZES))
-        if any(below < found["amr"] <= size for found in results["rows"])
-    ]
+    steps = [step for step in itertools.pairwise((0, *SIZES)) if _between(results["rows"], *step)]
     rows, above = [], []
     for label, pattern in families.items():
         family = [found for found in results["rows"] if re.fullmatch(pattern, found["entry"])]
-        fitting = [[found for found in family if found["amr"] <= size] for size in sizes]
+        fitting = [
+            _between(family, 0, size) if _between(family, below, size) else []
+            for below, size in steps
+        ]
         if any(fitting):
             rows.append([label, *(_best(found) if found else "" for found in fitting)])
         else:
@@ -246,13 +245,17 @@ def _front(name: str, families: Mapping[str, str] = FAMILIES) -> str:
     average = [found for found in results["rows"] if found["entry"] == "weight_average"]
     told = [
         f"Experts of seeds {seeds}: normalized accuracy, half a 95% interval of the mean, and the worst task; the best "
-        "of what stores no more.",
+        "of what stores no more; empty where the method has no row between a size and the one before.",
         f"Larger in any case: {'; '.join(above)}." if above else "",
         f"Weight Averaging, which stores nothing: {_best(average)}." if average else "",
         f"From {source}.",
     ]
-    header = [f"`{name}`", *(percent(size) for size in sizes)]
+    header = [f"`{name}`", *(percent(size) for _, size in steps)]
     return f"{table(header, rows)}\n\n{' '.join(filter(None, told))}"
+
+
+def _between(rows: Sequence[dict[str, Any]], below: float, size: float) -> list[dict[str, Any]]:
+    return [found for found in rows if below < found["amr"] <= size]
 
 
 def _best(found: Sequence[dict[str, Any]]) -> str:
