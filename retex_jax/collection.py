@@ -1,10 +1,10 @@
 """The experts of an experiment, wherever they come from, with their heads and accuracies."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from retex_jax import (
@@ -13,7 +13,6 @@ from retex_jax import (
     files,
     finetune,
     huggingface,
-    models,
     pretrained,
     protocols,
     recovery,
@@ -21,7 +20,6 @@ from retex_jax import (
 from retex_jax.calibration import Calibration
 from retex_jax.experts import ExpertSet, read_safetensors
 from retex_jax.methods import METHODS
-from retex_jax.typing import Batch, Params
 
 
 class Collection(NamedTuple):
@@ -184,20 +182,8 @@ def calibrate(
       first inputs of the split, which are in random order; what does not fill a batch is left out. Both have
       the same functions, so that what is compiled for one serves the other.
     """
-    model, heads = backbone.model, list(collected.heads.values())
-    spec = settings["calibration"]
+    model, spec = backbone.model, settings["calibration"]
     read = (*model.example_batch(), *recovery.CHOICES)
-
-    def features(params: Params, batch: Batch) -> jax.Array:
-        return model.apply({"params": params}, batch).pooled
-
-    def logits(params: Params, head: recovery.Head, batch: Batch) -> jax.Array:
-        if recovery.has_choices(batch):
-            return recovery.choice_logits(model, params, batch)
-        return recovery.apply_head(head, features(params, batch))
-
-    def linear_inputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        return models.linear_inputs(model, params, batch)
 
     def batches(task: data.Task, split: str) -> list[dict[str, np.ndarray]]:
         inputs = {name: array for name, array in task.splits[split].items() if name in read}
@@ -208,9 +194,6 @@ def calibrate(
             for start in range(0, count - size + 1, size)
         ]
 
-    return {
-        split: Calibration(
-            [batches(task, split) for task in tasks], features, logits, heads, linear_inputs
-        )
-        for split in ("train", "test")
-    }
+    train, test = ([batches(task, split) for task in tasks] for split in ("train", "test"))
+    calibration = recovery.make_calibration(model, train, list(collected.heads.values()))
+    return {"train": calibration, "test": replace(calibration, batches=test)}

@@ -6,7 +6,7 @@ unknown, the merged model's features decide the grouping, and nothing on the pat
 ways of recovery, for batches of mixed tasks, are those of `Recoverer`; see `retex_jax.recovery.modes`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retex_jax import data, models, sharding
+from retex_jax.calibration import Calibration
 from retex_jax.identifier import IDENTIFIERS
 from retex_jax.recovery.answers import (
     CHOICES,
@@ -25,7 +26,7 @@ from retex_jax.recovery.answers import (
     run_choices_grouped,
 )
 from retex_jax.recovery.modes import MODES, Mode, Recoverer
-from retex_jax.typing import Array, Params
+from retex_jax.typing import Array, Batch, Params
 
 __all__ = [
     "CHOICES",
@@ -40,6 +41,7 @@ __all__ = [
     "has_choices",
     "identify",
     "logits",
+    "make_calibration",
     "outputs",
     "run",
     "run_choices",
@@ -188,6 +190,35 @@ def outputs(
     if has_choices(examples):
         return run_choices(model, params, examples, batch_size)
     return logits(head, run(model, params, examples, batch_size))
+
+
+def make_calibration(
+    model: Any, batches: Sequence[Iterable[Batch]], heads: Sequence[Head]
+) -> Calibration:
+    """What methods that need data are given, of a model of `retex_jax.models`.
+
+    Args:
+      model: Linen module that returns `models.Features`.
+      batches: of unlabelled inputs, arrays [B, ...] that the model reads, and `CHOICES` of questions: one iterable a
+        task, which can be iterated again; all batches of one shape.
+      heads: one a task.
+
+    Returns:
+      The inputs, and the model as functions of its parameters.
+    """
+
+    def features(params: Params, batch: Batch) -> jax.Array:
+        return model.apply({"params": params}, batch).pooled
+
+    def head_logits(params: Params, head: Head, batch: Batch) -> jax.Array:
+        if has_choices(batch):
+            return choice_logits(model, params, batch)
+        return apply_head(head, features(params, batch))
+
+    def linear_inputs(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        return models.linear_inputs(model, params, batch)
+
+    return Calibration(batches, features, head_logits, heads, linear_inputs)
 
 
 def task_scores(
